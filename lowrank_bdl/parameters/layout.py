@@ -300,7 +300,7 @@ class ParameterLayout:
                 f"got shape {tuple(out.shape)} and dtype {out.dtype}."
             )
         for tensor, where, own in zip(tensors, self.slices.values(), self.shapes, strict=True):
-            out[..., where].view(*batch, *own).copy_(tensor)
+            out[..., where].view((*batch, *own)).copy_(tensor)
         return out
 
     def _tensors_of(self, source: Mapping[str, Tensor]) -> tuple[list[Tensor], tuple[int, ...]]:
@@ -336,7 +336,7 @@ class ParameterLayout:
             raise ShapeError(f"theta must have shape (*S, {self.numel}); got {tuple(theta.shape)}.")
         batch = theta.shape[:-1]
         return {
-            name: theta[..., where].view(*batch, *shape).to(dtype)
+            name: theta[..., where].view((*batch, *shape)).to(dtype)
             for (name, where), shape, dtype in zip(self.slices.items(), self.shapes, self.dtypes, strict=True)
         }
 
