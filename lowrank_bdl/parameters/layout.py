@@ -263,7 +263,7 @@ class ParameterLayout:
             if prefix + name in present:
                 return f" It has {prefix + name!r}: pass the wrapped network, model.{prefix[:-1]}."
             if name.startswith(prefix) and name[len(prefix) :] in present:
-                return f" It has {name[len(prefix):]!r}: the layout was made from a wrapped network."
+                return f" It has {name[len(prefix) :]!r}: the layout was made from a wrapped network."
         return ""
 
     @torch.no_grad()

@@ -1,0 +1,226 @@
+"""The network as a function f(θ, x) of its flat weight vector."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.parameters.layout import ParameterLayout
+
+CallFn: TypeAlias = Callable[[nn.Module, Any], Any]
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Put every submodule into evaluation mode for the length of a ``with`` block.
+
+    The ``training`` flags are set one by one and set back one by one, so a partly frozen model gets its own mixture of
+    modes back, also after an error; an overridden ``train()`` or ``eval()`` with side effects is not called.
+
+    Args:
+        model: The module.
+
+    Yields:
+        The same module.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).train()
+        >>> with evaluation_mode(net):
+        ...     print(net[1].training)
+        False
+        >>> net[1].training
+        True
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move every tensor of a batch (tuples, lists, mappings, nested) to a device.
+
+    Args:
+        batch: A tensor, a tuple, list or mapping of such, or anything else, which is passed through. An object with a
+            ``to`` method of its own (a graph batch, a tokenizer's encoding) is moved by that.
+        device: Where to.
+
+    Returns:
+        The batch with the same structure.
+    """
+    if callable(move := getattr(batch, "to", None)):
+        return move(device)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        moved = [to_device(value, device) for value in batch]
+        if isinstance(batch, list):
+            return moved
+        return type(batch)(*moved) if hasattr(batch, "_fields") else tuple(moved)  # a named tuple takes its fields
+    return batch
+
+
+def call_on_inputs(model: nn.Module, batch: Any) -> Any:
+    """Call a model on a batch as data loaders give it: ``x``, ``(x,)`` or ``(x, y)``.
+
+    Args:
+        model: The network.
+        batch: A tensor, or a tuple or list of one or two entries, of which the first is the input.
+
+    Returns:
+        ``model(x)``.
+
+    Raises:
+        ShapeError: If the batch has another form.
+    """
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, (tuple, list)) and len(batch) in (1, 2):
+        return model(batch[0])
+    form = type(batch).__name__ + (f" of {len(batch)} entries" if isinstance(batch, (tuple, list, dict)) else "")
+    raise ShapeError(
+        f"A batch must be a tensor x, (x,) or (x, y) unless call_fn is given; got {form}. "
+        "Pass call_fn=lambda model, batch: ..."
+    )
+
+
+class _Caller(nn.Module):
+    """Runs ``call_fn(model, batch)`` as a module's forward, so that functional_call swaps the weights around it."""
+
+    def __init__(self, model: nn.Module, call_fn: CallFn) -> None:
+        super().__init__()
+        self.model = model
+        self.call_fn = call_fn
+
+    def forward(self, batch: Any) -> Any:
+        return self.call_fn(self.model, batch)
+
+
+class StatelessModel:
+    """A module evaluated with named tensors in place of its own; what it owns stays as it is.
+
+    Buffers are handed over as copies, so whatever a forward pass writes into them is dropped.
+
+    Args:
+        model: Any module.
+        call_fn: ``call_fn(model, batch)`` gives the output; it may call the model with several or with keyword
+            arguments, or any method of it. None calls ``model(x)`` on batches ``x``, ``(x,)`` and ``(x, y)``.
+
+    Attributes:
+        model: The module.
+        device: Where its first parameter (or buffer) lives; batches are moved there. None if it has neither.
+
+    Example:
+        >>> f = StatelessModel(nn.Linear(2, 1))
+        >>> f({"weight": torch.ones(1, 2), "bias": torch.zeros(1)}, torch.ones(1, 2)).item()
+        2.0
+    """
+
+    def __init__(self, model: nn.Module, call_fn: CallFn | None = None) -> None:
+        self.model = model
+        self.device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), None)
+        self._caller = _Caller(model, call_on_inputs if call_fn is None else call_fn)
+
+    def __call__(
+        self, parameters: Mapping[str, Tensor], batch: Any, buffers: Mapping[str, Tensor] | None = None
+    ) -> Any:
+        """Evaluate the module.
+
+        Args:
+            parameters: Name to tensor, for any of the module's parameters; one name of a tied parameter is enough.
+            batch: One batch; its tensors are moved to :attr:`device`.
+            buffers: Name to value of buffers to override, for example recalibrated batch-norm statistics.
+
+        Returns:
+            What the model, or ``call_fn``, returns.
+
+        Raises:
+            ShapeError: If a buffer's name or shape is not the model's.
+        """
+        tensors = {f"model.{name}": buffer.detach().clone() for name, buffer in self.model.named_buffers()}
+        for name, value in (buffers or {}).items():
+            own = tensors.get(f"model.{name}")
+            if own is None or own.shape != value.shape:
+                raise ShapeError(
+                    f"Buffer {name!r} must have shape {None if own is None else tuple(own.shape)} as in the model; "
+                    f"got {tuple(value.shape)}."
+                )
+            tensors[f"model.{name}"] = value.to(own, copy=True)
+        tensors.update((f"model.{name}", value) for name, value in parameters.items())
+        return functional_call(
+            self._caller, tensors, (batch if self.device is None else to_device(batch, self.device),)
+        )
+
+
+class FunctionalModel:
+    r"""The map :math:`(\theta, x) \mapsto f_\theta(x)`; the model's own weights and buffers stay as they are.
+
+    Everything that θ does not cover (frozen parameters, buffers) is the model's own. Modes are the caller's business:
+    see :func:`evaluation_mode`.
+
+    Args:
+        model: Any module.
+        layout: What θ holds; None takes every trainable parameter.
+        call_fn: As for :class:`StatelessModel`.
+
+    Attributes:
+        layout: What θ holds.
+
+    Raises:
+        ShapeError: If model and layout differ.
+
+    Cost: a forward pass, plus O(P) and a copy of the buffers; θ is copied only where its dtype or device is not the
+    parameter's.
+
+    Example:
+        >>> f = FunctionalModel(nn.Linear(2, 1))
+        >>> f(torch.tensor([1.0, 2.0, 3.0]), torch.ones(1, 2)).item()
+        6.0
+    """
+
+    def __init__(self, model: nn.Module, layout: ParameterLayout | None = None, call_fn: CallFn | None = None) -> None:
+        self.layout = ParameterLayout.from_module(model) if layout is None else layout
+        self._parameters = self.layout.parameters_of(model)
+        self._stateless = StatelessModel(model, call_fn)
+
+    def named(self, theta: Tensor) -> dict[str, Tensor]:
+        """Split θ into tensors of the model's present dtypes and devices, differentiably.
+
+        Args:
+            theta: Shape ``(D,)``.
+
+        Returns:
+            Name to tensor; views where nothing has to be cast.
+
+        Raises:
+            ShapeError: If ``theta`` is not ``(D,)``.
+        """
+        if theta.shape != (self.layout.numel,):
+            raise ShapeError(f"theta must have shape ({self.layout.numel},); got {tuple(theta.shape)}.")
+        parts = self.layout.unflatten(theta)
+        return {name: parts[name].to(own) for name, own in zip(self.layout.names, self._parameters, strict=True)}
+
+    def __call__(self, theta: Tensor, batch: Any, buffers: Mapping[str, Tensor] | None = None) -> Any:
+        """Evaluate the network at θ.
+
+        Args:
+            theta: Shape ``(D,)``.
+            batch: One batch; its tensors are moved to the model's device.
+            buffers: Name to value of buffers to override.
+
+        Returns:
+            What the model, or ``call_fn``, returns.
+
+        Raises:
+            ShapeError: If ``theta`` is not ``(D,)``, or a buffer's name or shape is not the model's.
+        """
+        return self._stateless(self.named(theta), batch, buffers)
