@@ -174,6 +174,7 @@ class FunctionalModel:
 
     Attributes:
         layout: What θ holds.
+        stateless: The same network as a function of named tensors.
 
     Raises:
         ShapeError: If model and layout differ.
@@ -190,7 +191,7 @@ class FunctionalModel:
     def __init__(self, model: nn.Module, layout: ParameterLayout | None = None, call_fn: CallFn | None = None) -> None:
         self.layout = ParameterLayout.from_module(model) if layout is None else layout
         self._parameters = self.layout.parameters_of(model)
-        self._stateless = StatelessModel(model, call_fn)
+        self.stateless = StatelessModel(model, call_fn)
 
     def named(self, theta: Tensor) -> dict[str, Tensor]:
         """Split θ into tensors of the model's present dtypes and devices, differentiably.
@@ -223,4 +224,4 @@ class FunctionalModel:
         Raises:
             ShapeError: If ``theta`` is not ``(D,)``, or a buffer's name or shape is not the model's.
         """
-        return self._stateless(self.named(theta), batch, buffers)
+        return self.stateless(self.named(theta), batch, buffers)
