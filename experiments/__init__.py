@@ -1,0 +1,1 @@
+"""Thin, runnable scripts, one a published experiment: ``python -m experiments.NAME --help``."""

@@ -1,0 +1,300 @@
+"""What every experiment shares: settings from the command line, run folders, environment, tables.
+
+A script's settings are one frozen dataclass whose fields are made with `setting`; the parser is made from it, and
+`RunDir` writes it into the run's folder, so the command line, the help text and the record on disk cannot differ.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+S = TypeVar("S")
+PACKAGES = ("lowrank-bdl", "torch", "gpytorch", "linear-operator", "numpy", "safetensors", "torchvision", "scikit-learn")
+
+
+class SettingsError(ValueError):
+    """Settings, paths or data that an experiment cannot run with; shown as one line, exit status 2."""
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[Any] | None = None,
+    free: bool = False,
+    kind: Any = None,
+    alias: str | None = None,
+) -> Any:
+    """Make a dataclass field that is also a command-line flag.
+
+    Args:
+        default: Default value; ``dataclasses.MISSING`` makes the flag required.
+        help: Text for ``--help``; the default is added to it.
+        choices: Allowed values.
+        free: Whether a resumed run may differ from the original in this setting.
+        kind: Type of the value where the default does not tell (``None``).
+        alias: A second flag for the same setting, such as ``--start``.
+    """
+    info = {"help": help, "choices": choices, "free": free, "kind": kind, "alias": alias}
+    return dataclasses.field(default=default, metadata=info)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line on stderr and exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keep the description's line breaks; name every default that is a value."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        shown = action.default is not None and action.option_strings and action.nargs != 0
+        return f"{text} (default: %(default)s)" if shown else text
+
+
+def parse_settings(
+    cls: type[S], argv: Sequence[str] | None, *, prog: str, description: str, check: Callable[[S], S] = lambda s: s
+) -> S:
+    """Make settings from a command line; whatever `check` or a file raises as `SettingsError` exits with status 2."""
+    parser = OneLineParser(prog=prog, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        info = field.metadata
+        flags = [f"--{field.name}"] + ([info["alias"]] if info["alias"] else [])
+        if field.default is False:
+            parser.add_argument(*flags, action="store_true", help=info["help"])
+            continue
+        parser.add_argument(
+            *flags,
+            dest=field.name,
+            default=None if field.default is dataclasses.MISSING else field.default,
+            required=field.default is dataclasses.MISSING,
+            type=info["kind"] or type(field.default),
+            choices=info["choices"],
+            help=info["help"],
+            metavar=None if info["choices"] else field.name.upper(),
+        )
+    try:
+        return check(cls(**vars(parser.parse_args(argv))))
+    except SettingsError as error:
+        parser.error(str(error))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` so that a killed process leaves the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, allow_nan=True) + "\n"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, hardware and commit that a number in results.json depends on."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    described: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": processor_name(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "versions": versions,
+        "commit": commit(),
+    }
+    if device.type == "cuda":
+        described["gpu"] = torch.cuda.get_device_name(device)
+        described["cuda"] = torch.version.cuda
+    return described
+
+
+def processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """Return the commit of this checkout, with "+" where tracked files differ from it; None outside a checkout."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn a name into a device that exists here; ``auto`` is CUDA where there is some."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise SettingsError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+class RunDir:
+    """The folder of one run: settings.json, environment.json, command.sh, log.jsonl, checkpoints, results.json.
+
+    A refused run touches nothing. Without ``--resume`` the files of an earlier run in the same folder are replaced.
+
+    Args:
+        settings: A frozen dataclass with fields ``dir`` and ``resume``, made with `setting`.
+        outputs: Names that a run of this script writes and a fresh run therefore removes first.
+        device: Device of the run, recorded in environment.json.
+
+    Raises:
+        SettingsError: If the folder holds something that is not a run; if ``--resume`` finds no run, or one made with
+            other settings.
+    """
+
+    def __init__(self, settings: Any, outputs: Iterable[str], device: torch.device) -> None:
+        self.settings, self.path = settings, Path(settings.dir)
+        record = self.path / "settings.json"
+        if self.path.exists() and not self.path.is_dir():
+            raise SettingsError(f"--dir {self.path} is not a folder")
+        if settings.resume:
+            self._check_same_settings(record)
+        elif self.path.is_dir() and any(self.path.iterdir()) and not record.exists():
+            raise SettingsError(f"--dir {self.path} holds files that are not a run's; choose an empty or a new folder")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(f"--dir {self.path}: {error.strerror}") from None
+        stale = [self.path / "results.json"] if settings.resume else [self.path / name for name in outputs]
+        for file in stale:
+            file.unlink(missing_ok=True)
+        self.write_json("settings.json", dataclasses.asdict(settings))
+        self.write_json("environment.json", environment(device))
+        with open(self.path / "command.sh", "a", encoding="utf-8") as file:
+            file.write(shlex.join([sys.executable, *sys.argv]) + "\n")
+
+    def _check_same_settings(self, record: Path) -> None:
+        try:
+            old = json.loads(record.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise SettingsError(f"--resume: there is no run in {self.path} (settings.json is missing)") from None
+        except (OSError, json.JSONDecodeError) as error:
+            raise SettingsError(f"--resume: cannot read {record}: {error}") from None
+        differing = [
+            f"{field.name} was {old.get(field.name)!r}, now {getattr(self.settings, field.name)!r}"
+            for field in dataclasses.fields(self.settings)
+            if not field.metadata["free"] and old.get(field.name) != getattr(self.settings, field.name)
+        ]
+        if differing:
+            raise SettingsError(f"--resume: settings differ from those of {self.path}: {'; '.join(differing)}")
+
+    def write_json(self, name: str, value: Any) -> None:
+        write_atomically(self.path / name, to_json(value))
+
+    def log(self, **record: Any) -> None:
+        """Append one record to log.jsonl."""
+        with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read_log(self) -> list[dict[str, Any]]:
+        try:
+            lines = (self.path / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        records = []
+        for line in lines:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:  # the process was killed while it wrote this line
+                continue
+        return records
+
+    def keep_log(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop the records that a resumed run is about to write again."""
+        lines = [json.dumps(record) + "\n" for record in self.read_log() if keep(record)]
+        write_atomically(self.path / "log.jsonl", "".join(lines))
+
+    def save_checkpoint(self, name: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        """Write tensors and JSON-able `facts` into one safetensors file, atomically."""
+        path = self.path / name
+        temporary = path.with_name(f".{path.name}.tmp")
+        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, {"facts": json.dumps(facts)})
+        os.replace(temporary, path)
+
+    def load_checkpoint(self, name: str, device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """Read what `save_checkpoint` wrote; None when there is no such file."""
+        path = self.path / name
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["facts"])
+        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise SettingsError(f"--resume: cannot read {path}: {error}") from None
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out a table with its first column left-aligned and the others right-aligned."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *(line(row) for row in rows)])
+
+
+def peak_memory(work: Callable[[], S], device: torch.device) -> tuple[S, int]:
+    """Run `work` and return its result with the most tensor memory it held at once beyond what existed before [bytes].
+
+    On CUDA this is the allocator's own count; on the CPU, where torch keeps none, the running sum of the
+    allocations and releases that torch's profiler records.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = work()
+        torch.cuda.synchronize(device)
+        return result, torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = work()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return result, peak

@@ -1,0 +1,198 @@
+"""Figures of the experiments: one style, one colour a method, drawn without a display."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from numpy.typing import ArrayLike
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+# Okabe and Ito's palette: distinguishable with every common colour-vision deficiency.
+COLORS = {"SGD": "#000000", "SWA": "#009E73", "SWAG-Diag": "#0072B2", "SWAG": "#D55E00"}
+MARKERS = {"SGD": "s", "SWA": "D", "SWAG-Diag": "^", "SWAG": "o"}
+SEQUENCE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+STYLE = {
+    "figure.dpi": 100,
+    "savefig.dpi": 100,
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+}
+
+
+def _save(figure: Figure, path: Path) -> None:
+    # written beside and renamed: a killed run leaves no half of a picture
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    figure.savefig(temporary)
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def _axes(width: float = 7.0, height: float = 4.5, **options: Any) -> tuple[Figure, Any]:
+    return plt.subplots(figsize=(width, height), layout="constrained", **options)
+
+
+def reliability_diagram(path: Path, curves: Mapping[str, tuple[ArrayLike, ArrayLike]], ece: Mapping[str, float]) -> None:
+    """Confidence minus accuracy against confidence, in bins of equal mass; the dashed line is perfect calibration.
+
+    The confidence axis is logarithmic in 1 - confidence, because nearly all predictions of a trained network lie
+    close to 1.
+
+    Args:
+        path: File to write.
+        curves: For each method, mean confidence and accuracy of each bin, both (num_bins,).
+        ece: For each method, the expected calibration error.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = _axes()
+        smallest = 1.0
+        for method, (confidence, accuracy) in curves.items():
+            doubt = np.maximum(1 - np.asarray(confidence, dtype=float), 1e-6)
+            gap = np.asarray(confidence, dtype=float) - np.asarray(accuracy, dtype=float)
+            smallest = min(smallest, float(doubt.min()))
+            label = f"{method} (ECE {100 * ece[method]:.2f} %)"
+            axes.plot(doubt, gap, color=COLORS[method], marker=MARKERS[method], label=label)
+        axes.axhline(0, color="#555555", linestyle="--", linewidth=1.2)
+        axes.set_xscale("log")
+        axes.set_xlim(1.0, smallest / 1.6)
+        _confidence_ticks(axes, smallest)
+        low, high = axes.get_ylim()
+        axes.text(0.01, 0.98, "overconfident", transform=axes.transAxes, va="top", color="#777777", fontsize=10)
+        axes.text(0.01, 0.02, "underconfident", transform=axes.transAxes, va="bottom", color="#777777", fontsize=10)
+        axes.set_ylim(min(low, -0.02), max(high, 0.02))
+        axes.set_xlabel("confidence (bins of equal mass)")
+        axes.set_ylabel("confidence − accuracy")
+        axes.set_title("Reliability on the test images")
+        axes.legend(loc="best")
+        _save(figure, path)
+
+
+def _confidence_ticks(axes: Axes, smallest: float) -> None:
+    doubts = [10.0**-k for k in range(1, 7) if 10.0**-k > smallest / 1.6]
+    ticks = [1 - 0.2, *[1 - doubt for doubt in doubts]]
+    axes.set_xticks([1 - tick for tick in ticks], [f"{tick:.6f}".rstrip("0") for tick in ticks])
+    axes.minorticks_off()
+
+
+def nll_against_samples(
+    path: Path, curves: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]], lines: Mapping[str, float]
+) -> None:
+    """Test NLL of the model average against the number of weight samples in it.
+
+    Args:
+        path: File to write.
+        curves: For each method, mean, 10 % and 90 % quantile over orders of the samples, each (num_samples,) [nats].
+        lines: NLL of the methods that are one set of weights [nats].
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = _axes()
+        for method, value in lines.items():
+            style = "--" if method == "SGD" else "-."
+            axes.axhline(value, color=COLORS[method], linestyle=style, label=method)
+        for method, (mean, low, high) in curves.items():
+            number = np.arange(1, len(np.asarray(mean)) + 1)
+            axes.fill_between(number, low, high, color=COLORS[method], alpha=0.15, linewidth=0)
+            axes.plot(number, mean, color=COLORS[method], marker=MARKERS[method], markersize=4, label=method)
+        axes.set_xlabel("weight samples in the average")
+        axes.set_ylabel("test NLL [nats per image]")
+        axes.set_title("Model averaging: NLL against the number of samples\n(band: 10–90 % over orders of the samples)")
+        axes.set_xlim(0.5, None)
+        axes.legend(loc="best")
+        _save(figure, path)
+
+
+def covariance_spectrum(path: Path, leading: ArrayLike, low_rank: ArrayLike, diagonal: ArrayLike) -> None:
+    """Eigenvalues of the covariance against their index, both logarithmic.
+
+    Args:
+        path: File to write.
+        leading: Largest eigenvalues of the whole covariance, (k,) [weight²].
+        low_rank: Variances along the principal components of its low-rank part, (k,) [weight²].
+        diagonal: Its diagonal part, (D,) [weight²]; beyond the leading ones the eigenvalues interlace with it.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = _axes()
+        ordered = np.sort(np.asarray(diagonal, dtype=float))[::-1]
+        ordered = ordered[ordered > 0]
+        if len(ordered):
+            axes.plot(np.arange(1, len(ordered) + 1), ordered, color="#0072B2", label="diagonal part, sorted")
+        if len(np.asarray(low_rank)):
+            shown = np.asarray(low_rank, dtype=float)
+            axes.plot(np.arange(1, len(shown) + 1), shown, "o", color="#D55E00", label="low-rank part, principal components")
+        if len(np.asarray(leading)):
+            shown = np.asarray(leading, dtype=float)
+            axes.plot(
+                np.arange(1, len(shown) + 1), shown, "o", color="black", fillstyle="none", markersize=9,
+                label="whole covariance, leading eigenvalues",
+            )  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("index")
+        axes.set_ylabel("variance [weight²]")
+        axes.set_title("Spectrum of the SWAG covariance")
+        axes.legend(loc="best")
+        _save(figure, path)
+
+
+def loss_along_directions(
+    path: Path, steps: ArrayLike, train: ArrayLike, test: ArrayLike, stddevs: Sequence[float], names: Sequence[str]
+) -> None:
+    """Loss along rays through the SWA solution, one panel for the training and one for the test images.
+
+    Args:
+        path: File to write.
+        steps: Distances from the SWA solution, (T,) [standard deviations of the posterior along the ray].
+        train: Training loss, (number of rays, T) [nats].
+        test: Test loss, (number of rays, T) [nats].
+        stddevs: Standard deviation along each ray [weight].
+        names: Name of each ray.
+    """
+    with plt.rc_context(STYLE):
+        figure, panels = _axes(9.5, 4.4, ncols=2, sharex=True)
+        for axes, losses, title in zip(panels, (train, test), ("Training loss", "Test loss"), strict=True):
+            for loss, stddev, name, color in zip(np.asarray(losses), stddevs, names, SEQUENCE, strict=False):
+                axes.plot(steps, loss, color=color, marker="o", markersize=3, label=f"{name} (std {stddev:.2g})")
+            axes.axvline(0, color="#555555", linestyle="--", linewidth=1.2)
+            axes.set_title(title)
+            axes.set_xlabel("distance from SWA [posterior std along the ray]")
+        panels[0].set_ylabel("NLL [nats per image]")
+        panels[0].legend(loc="best", fontsize=10)
+        _save(figure, path)
+
+
+def training_curves(path: Path, records: Sequence[Mapping[str, Any]], start: int) -> None:
+    """Training loss, validation NLL and learning rate against the epoch, from the records of log.jsonl."""
+    with plt.rc_context(STYLE):
+        figure, (top, bottom) = _axes(7.0, 5.5, nrows=2, sharex=True, height_ratios=(3, 1))
+        for phase, color, label in (("sgd", COLORS["SGD"], "SGD"), ("swag", COLORS["SWAG"], "SWAG's iterates")):
+            rows = [record for record in records if record["phase"] == phase]
+            epochs = [row["epoch"] for row in rows]
+            top.plot(epochs, [row["train_loss"] for row in rows], color=color, label=f"{label}, training")
+            validation = [row["validation"]["nll"] for row in rows]
+            top.plot(epochs, validation, color=color, linestyle=":", label=f"{label}, validation")
+            bottom.plot(epochs, [row["lr"] for row in rows], color=color)
+        for axes in (top, bottom):
+            axes.axvline(start, color="#999999", linewidth=1)
+        top.text(start, 0.98, " collection starts", transform=top.get_xaxis_transform(), va="top", color="#777777", fontsize=10)
+        top.set_yscale("log")
+        top.set_ylabel("NLL [nats per image]")
+        top.set_title("Training")
+        top.legend(loc="best", fontsize=10)
+        bottom.set_ylabel("learning rate")
+        bottom.set_xlabel("epoch")
+        _save(figure, path)

@@ -1,0 +1,407 @@
+"""Train a small network, collect SWAG from its iterates, and compare four predictions.
+
+SGD        the last iterate of a run whose learning rate decays to 1 %
+SWA        the mean of the iterates of a second run, whose learning rate stays up
+SWAG-Diag  a Gaussian around that mean with the iterates' variances (scale 1, rank 0)
+SWAG       the same with the covariance of the last iterates as well (scale 0.5, rank 20)
+
+Batch-norm statistics are recomputed from the training images for every set of weights. The test images are used for
+the report alone; the default settings were chosen on the validation images. "Shifted" images are the test images
+turned by 90 degrees: AUROC says how well predictive entropy tells them from the others.
+
+examples:
+  python -m experiments.quickstart
+  python -m experiments.quickstart --dataset MNIST --data_path DATA_DIR --dir runs/mnist
+  python -m experiments.quickstart --dataset CIFAR10 --data_path DATA_DIR --dir runs/cifar10 --device cuda
+  python -m experiments.quickstart --resume
+
+writes to --dir: posterior.safetensors, log.jsonl, five figures (*.png), results.json (last), settings.json,
+environment.json, command.sh, checkpoint-*.safetensors
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import lowrank_bdl as lb
+from experiments import plots
+from experiments.common import (
+    RunDir,
+    SettingsError,
+    format_table,
+    parse_settings,
+    peak_memory,
+    resolve_device,
+    setting,
+)
+from experiments.data import DATASETS, ImageData, Split, load
+from experiments.models import SmallConvNet
+from experiments.training import Phase, learning_rate, train
+
+PROG = "python -m experiments.quickstart"
+METHODS = ("SGD", "SWA", "SWAG-Diag", "SWAG")
+FIGURES = ("training", "reliability", "nll_against_samples", "covariance_spectrum", "principal_directions")
+OUTPUTS = (
+    "results.json",
+    "log.jsonl",
+    "posterior.safetensors",
+    "checkpoint-sgd.safetensors",
+    "checkpoint-swag.safetensors",
+    *(f"{name}.png" for name in FIGURES),
+)
+# Chosen on the validation images (seeds 0 to 2), never on the test images.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "digits": dict(
+        epochs=100, train_size=200, batch_size=20, lr_init=0.1, swa_lr=0.1, wd=1e-3, collects_per_epoch=1, width=8,
+        max_shift=1, flip=False, threads=1,
+    ),
+    "MNIST": dict(
+        epochs=20, train_size=5000, batch_size=50, lr_init=0.1, swa_lr=0.05, wd=5e-4, collects_per_epoch=2, width=8,
+        max_shift=2, flip=False, threads=0,
+    ),
+    "CIFAR10": dict(
+        epochs=60, train_size=45_000, batch_size=128, lr_init=0.1, swa_lr=0.05, wd=5e-4, collects_per_epoch=1, width=32,
+        max_shift=4, flip=True, threads=0,
+    ),
+}  # fmt: skip
+
+
+def _by_dataset(name: str, what: str, **options: Any) -> Any:
+    values = ", ".join(f"{dataset} {defaults[name]}" for dataset, defaults in DEFAULTS.items())
+    return setting(None, f"{what} (default: {values})", **options)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what a run does; None means the data set's default."""
+
+    dir: str = setting("runs/quickstart", "folder to write to", free=True)
+    dataset: str = setting("digits", f"data set: {', '.join(DATASETS)}; digits needs no files")
+    data_path: str | None = setting(None, "folder with the files of MNIST or CIFAR10", kind=str, free=True)
+    device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA where there is some", free=True)
+    threads: int | None = _by_dataset("threads", "CPU threads, 0 for torch's choice", kind=int, free=True)
+    epochs: int | None = _by_dataset("epochs", "epochs of each of the two runs", kind=int)
+    swa_start: int | None = setting(
+        None, "epochs before the first snapshot (default: half of the epochs)", kind=int, alias="--start"
+    )
+    collects_per_epoch: int | None = _by_dataset("collects_per_epoch", "snapshots in an epoch", kind=int)
+    rank: int = setting(20, "deviations kept by SWAG; 0 keeps none")
+    scale: float = setting(0.5, "multiplies SWAG's covariance; 0.5 is the published law")
+    num_samples: int = setting(30, "weight samples in a model average")
+    batch_size: int | None = _by_dataset("batch_size", "images in a training batch", kind=int)
+    lr_init: float | None = _by_dataset("lr_init", "learning rate of the first epochs", kind=float)
+    swa_lr: float | None = _by_dataset("swa_lr", "learning rate while snapshots are taken", kind=float)
+    momentum: float = setting(0.9, "momentum of SGD")
+    wd: float | None = _by_dataset("wd", "weight decay", kind=float)
+    width: int | None = _by_dataset("width", "channels of the first convolution", kind=int)
+    train_size: int | None = _by_dataset("train_size", "training images to use", kind=int)
+    seed: int = setting(0, "seed of initial weights, order of the data and weight samples")
+    resume: bool = setting(False, "go on with the run in --dir from its last finished epoch", free=True)
+
+
+def check(settings: Settings) -> Settings:
+    """Fill in the data set's defaults; refuse what cannot run."""
+    if settings.dataset not in DATASETS:
+        raise SettingsError(f"unknown data set {settings.dataset!r}; known are {', '.join(DATASETS)}")
+    missing = {
+        name: value for name, value in DEFAULTS[settings.dataset].items()
+        if name not in ("max_shift", "flip") and getattr(settings, name) is None
+    }  # fmt: skip
+    settings = dataclasses.replace(settings, **missing)
+    if settings.swa_start is None:
+        settings = dataclasses.replace(settings, swa_start=max(1, settings.epochs // 2))
+    at_least = dict(epochs=1, swa_start=0, rank=0, num_samples=1, batch_size=2, width=1, seed=0, collects_per_epoch=1,
+                    threads=0, wd=0, momentum=0)  # fmt: skip
+    for name, least in at_least.items():
+        if not getattr(settings, name) >= least:
+            raise SettingsError(f"--{name} must be at least {least}; got {getattr(settings, name)}")
+    for name in ("scale", "lr_init", "swa_lr"):
+        if not 0 < getattr(settings, name) < math.inf:
+            raise SettingsError(f"--{name} must be positive; got {getattr(settings, name)}")
+    if settings.epochs <= settings.swa_start:
+        raise SettingsError(f"--epochs must be more than --swa_start; got {settings.epochs} and {settings.swa_start}")
+    if (settings.epochs - settings.swa_start) * settings.collects_per_epoch < 2:
+        raise SettingsError("SWAG needs at least 2 snapshots: more --epochs, or more --collects_per_epoch")
+    return settings
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Predictions of one method on the validation, test and shifted images."""
+
+    metrics: dict[str, dict[str, float]]
+    test: Any  # lb.Predictive
+
+
+def new_model(settings: Settings, data: ImageData, device: torch.device) -> nn.Module:
+    """Make the network with initial weights that depend on the seed alone."""
+    torch.manual_seed(settings.seed)
+    channels, size = data.train.inputs.shape[1], data.train.inputs.shape[-1]
+    return SmallConvNet(channels, size, data.num_classes, settings.width).to(device)
+
+
+def run_phases(settings: Settings, run: RunDir, data: ImageData, device: torch.device) -> tuple[nn.Module, Tensor, Any]:
+    """Train both runs, or finish them; return the network, SGD's weights (D,) and the SWAG collector."""
+    recipe = DEFAULTS[settings.dataset]
+    common = dict(
+        epochs=settings.epochs,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        momentum=settings.momentum,
+        weight_decay=settings.wd,
+        max_shift=recipe["max_shift"],
+        flip=recipe["flip"],
+    )
+    model = new_model(settings, data, device)
+    rate = partial(learning_rate, lr_init=settings.lr_init, final_lr=0.01 * settings.lr_init, horizon=settings.epochs)
+    train(run, Phase(name="sgd", learning_rate=rate, **common), model, data.train, data.validation)
+    sgd = lb.ParameterLayout.from_module(model).flatten(model)
+
+    model = new_model(settings, data, device)
+    swag = lb.SWAG(model, rank=settings.rank)
+    rate = partial(learning_rate, lr_init=settings.lr_init, final_lr=settings.swa_lr, horizon=settings.swa_start)
+    phase = Phase(
+        name="swag", learning_rate=rate, start=settings.swa_start, collects_per_epoch=settings.collects_per_epoch, **common
+    )
+    train(run, phase, model, data.train, data.validation, swag)
+    return model, sgd, swag
+
+
+def evaluate_method(settings: Settings, model: nn.Module, weights: Any, data: ImageData, name: str) -> Evaluation:
+    """Predict with a posterior or with one weight vector (D,), batch norm recalibrated for each set of weights."""
+
+    def predict(split: Split) -> Any:
+        return lb.predict(
+            model,
+            weights,
+            split.batches(500),
+            num_samples=settings.num_samples,
+            bn_loader=data.train.batches(500),
+            generator=torch.Generator(data.train.inputs.device).manual_seed(settings.seed),
+            progress=name,
+        )
+
+    splits = {"validation": data.validation, "test": data.test, "shifted": data.test.rotated()}
+    predictions = {split: predict(images) for split, images in splits.items()}
+    metrics = {}
+    for split, prediction in predictions.items():
+        probabilities, targets = prediction.mean, prediction.targets
+        metrics[split] = {
+            "accuracy": lb.metrics.accuracy(probabilities, targets),
+            "nll": lb.metrics.nll(probabilities, targets),
+            "ece": lb.metrics.ece(probabilities, targets),
+            "brier": lb.metrics.brier(probabilities, targets),
+        }
+    metrics["test"]["shift_auroc"] = lb.metrics.auroc(predictions["test"].entropy, predictions["shifted"].entropy)
+    return Evaluation(metrics, predictions["test"])
+
+
+def describe_posterior(posterior: Any, settings: Settings) -> dict[str, Any]:
+    """Density, entropy and memory of a posterior; each log-density in nats, each size in bytes."""
+    device = posterior.mean.device
+
+    def use() -> tuple[float, Tensor]:
+        draws = posterior.sample(settings.num_samples, generator=torch.Generator(device).manual_seed(settings.seed))
+        return posterior.entropy().item(), posterior.log_prob(draws)
+
+    (entropy, log_density), peak = peak_memory(use, device)
+    return {
+        "parameters": posterior.mean.numel(),
+        "rank": posterior.covariance.root.shape[-1],
+        "entropy_nats": entropy,
+        "log_density_at_mean_nats": posterior.log_prob(posterior.mean).item(),
+        "log_density_of_draws_nats": log_density.mean().item(),
+        "mean_std": posterior.stddev.double().mean().item(),
+        "peak_bytes": peak,
+    }
+
+
+def average_curve(log_likelihood: Tensor, seed: int, orders: int = 20) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """NLL of the average of the first s samples, s = 1 to S: mean, 10 % and 90 % quantile over orders of the samples.
+
+    Args:
+        log_likelihood: log p(y | x, weights), shape (S, N) [nats].
+        seed: Seed of the orders.
+        orders: Number of orders.
+
+    Returns:
+        Three arrays (S,) [nats].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    log_likelihood = log_likelihood.cpu().double()
+    count = torch.arange(1, len(log_likelihood) + 1, dtype=torch.float64)
+    curves = []
+    for _ in range(orders):
+        order = torch.randperm(len(log_likelihood), generator=generator)
+        average = log_likelihood[order].logcumsumexp(0) - count.log().unsqueeze(-1)
+        curves.append(-average.mean(-1))
+    found = torch.stack(curves).numpy()
+    return found.mean(0), np.quantile(found, 0.1, axis=0), np.quantile(found, 0.9, axis=0)
+
+
+def rays(posterior: Any, seed: int, num_components: int = 3) -> tuple[Tensor, list[float], list[str]]:
+    """Unit vectors (R, D), standard deviation of the posterior along each, and their names.
+
+    The leading principal components of the low-rank part, and a random direction to compare with.
+    """
+    covariance, mean = posterior.covariance, posterior.mean
+    rank = min(num_components, covariance.root.shape[-1])
+    _, directions = covariance.principal_components(rank, of="low_rank")
+    random = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed)).to(mean)
+    units = torch.cat([directions.mT, (random / random.norm()).unsqueeze(0)])
+    stddevs = (units * (covariance @ units.mT).mT).sum(-1).sqrt().tolist()
+    return units, stddevs, [*(f"component {i + 1}" for i in range(rank)), "random direction"]
+
+
+def losses_along_rays(
+    model: nn.Module, posterior: Any, units: Tensor, stddevs: list[float], steps: np.ndarray, data: ImageData
+) -> dict[str, np.ndarray]:
+    """Mean NLL (rays, steps) of the training and test images at mean + step x std x unit, batch norm recalibrated."""
+    found = {}
+    limit = 2000  # images; a smooth picture needs no more
+    along = torch.as_tensor(steps, dtype=posterior.mean.dtype, device=posterior.mean.device)
+    for split, images in (("train", data.train.first(limit)), ("test", data.test.first(limit))):
+        losses = []
+        for unit, stddev in zip(units, stddevs, strict=True):
+            thetas = posterior.mean + stddev * along.unsqueeze(-1) * unit
+            bn_loader = data.train.first(limit).batches(500)
+            prediction = lb.predict(model, thetas, images.batches(500), bn_loader=bn_loader, progress=False)
+            losses.append(-prediction.log_likelihood.mean(-1).cpu().numpy())
+        found[split] = np.stack(losses)
+    return found
+
+
+def draw_figures(
+    settings: Settings, run: RunDir, model: nn.Module, posterior: Any, evaluations: dict[str, Evaluation], data: ImageData
+) -> None:
+    """Write the five figures."""
+    ece = {name: evaluations[name].metrics["test"]["ece"] for name in METHODS}
+    curves = {
+        name: lb.metrics.reliability_curve(evaluations[name].test.mean, evaluations[name].test.targets) for name in METHODS
+    }
+    plots.training_curves(run.path / "training.png", run.read_log(), settings.swa_start)
+    plots.reliability_diagram(run.path / "reliability.png", curves, ece)
+    plots.nll_against_samples(
+        run.path / "nll_against_samples.png",
+        {name: average_curve(evaluations[name].test.log_likelihood, settings.seed) for name in ("SWAG-Diag", "SWAG")},
+        {name: evaluations[name].metrics["test"]["nll"] for name in ("SGD", "SWA")},
+    )
+    covariance = posterior.covariance
+    rank = covariance.root.shape[-1]
+    plots.covariance_spectrum(
+        run.path / "covariance_spectrum.png",
+        covariance.principal_components(max(rank, 1), of="full")[0].cpu().numpy(),
+        covariance.principal_components(rank, of="low_rank")[0].cpu().numpy(),
+        covariance.diag.cpu().numpy(),
+    )
+    units, stddevs, names = rays(posterior, settings.seed)
+    steps = np.linspace(-6, 6, 25)
+    losses = losses_along_rays(model, posterior, units, stddevs, steps, data)
+    plots.loss_along_directions(
+        run.path / "principal_directions.png", steps, losses["train"], losses["test"], stddevs, names
+    )
+
+
+def report(settings: Settings, evaluations: dict[str, Evaluation], posteriors: dict[str, Any], data: ImageData) -> str:
+    """Lay out the two tables."""
+    rows = []
+    for name, evaluation in evaluations.items():
+        found = evaluation.metrics["test"]
+        cells = [f"{100 * found['accuracy']:.2f}", f"{found['nll']:.4f}", f"{100 * found['ece']:.2f}"]
+        rows.append([name, *cells, f"{found['brier']:.4f}", f"{found['shift_auroc']:.4f}"])
+    first = format_table(["method", "accuracy %", "NLL", "ECE %", "Brier", "shift AUROC"], rows)
+    rows = [
+        [
+            name,
+            f"{found['parameters']:,}",
+            str(found["rank"]),
+            f"{found['entropy_nats']:,.1f}",
+            f"{found['log_density_at_mean_nats']:,.1f}",
+            f"{found['log_density_of_draws_nats']:,.1f}",
+            f"{found['peak_bytes'] / 2**20:.1f}",
+        ]
+        for name, found in posteriors.items()
+    ]
+    header = ["posterior", "parameters", "rank", "entropy", "log p(mean)", "log p(draws)", "peak MiB"]
+    title = f"{data.name}: {len(data.train):,} training, {len(data.validation):,} validation, {len(data.test):,} test images"
+    note = (
+        f"test images; {settings.num_samples} weight samples; NLL in nats, entropy and log-density in nats over all "
+        f"parameters; peak: drawing {settings.num_samples} samples, their log-density, and the entropy"
+    )
+    return f"{title}\n\n{first}\n\n{format_table(header, rows)}\n\n{note}"
+
+
+def experiment(settings: Settings, data: ImageData, run: RunDir, device: torch.device) -> str:
+    """Train, evaluate, draw, and write results.json last; return the tables."""
+    began = time.perf_counter()
+    model, sgd, swag = run_phases(settings, run, data, device)
+    trained = time.perf_counter()
+    sources = {
+        "SGD": sgd,
+        "SWA": swag.mean,
+        "SWAG-Diag": swag.posterior(scale=1.0, rank=0),
+        "SWAG": swag.posterior(scale=settings.scale),
+    }
+    posterior = sources["SWAG"]
+    posterior.save(run.path / "posterior.safetensors")
+    evaluations = {name: evaluate_method(settings, model, weights, data, name) for name, weights in sources.items()}
+    posteriors = {name: describe_posterior(sources[name], settings) for name in ("SWAG-Diag", "SWAG")}
+    evaluated = time.perf_counter()
+    draw_figures(settings, run, model, posterior, evaluations, data)
+    seconds = {
+        "train": trained - began,
+        "evaluate": evaluated - trained,
+        "figures": time.perf_counter() - evaluated,
+    }
+    run.write_json(
+        "results.json",
+        {
+            "schema": 1,
+            "settings": dataclasses.asdict(settings),
+            "chosen_on": "defaults: validation images, seeds 0 to 2; nothing on test images",
+            "images": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
+            "snapshots": int(swag.n_averaged),
+            "methods": {name: evaluation.metrics for name, evaluation in evaluations.items()},
+            "posteriors": posteriors,
+            "seconds": seconds,
+        },
+    )
+    return report(settings, evaluations, posteriors, data)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the experiment; return the exit status."""
+    settings = parse_settings(Settings, argv, prog=PROG, description=__doc__, check=check)
+    threads = torch.get_num_threads()
+    try:
+        device = resolve_device(settings.device)
+        data = load(settings.dataset, settings.data_path, settings.train_size).to(device)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        run = RunDir(settings, OUTPUTS, device)
+        # The script seeds the global generators (initial weights are drawn from them) but gives them back as they were.
+        with torch.random.fork_rng(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            print(experiment(settings, data, run, device))
+    except SettingsError as error:
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROG}: interrupted; go on with the same command and --resume", file=sys.stderr)
+        return 130
+    finally:
+        torch.set_num_threads(threads)
+    print(f"\nwritten to {run.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
