@@ -22,7 +22,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 S = TypeVar("S")
-PACKAGES = ("lowrank-bdl", "torch", "gpytorch", "linear-operator", "numpy", "safetensors", "torchvision", "scikit-learn")
+PACKAGES = (
+    "lowrank-bdl",
+    "torch",
+    "gpytorch",
+    "linear-operator",
+    "numpy",
+    "safetensors",
+    "torchvision",
+    "scikit-learn",
+)
 
 
 class SettingsError(ValueError):
@@ -271,7 +280,9 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))]
+        padded = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+        ]
         return "  ".join(padded).rstrip()
 
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *(line(row) for row in rows)])

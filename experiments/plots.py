@@ -10,9 +10,9 @@ from numpy.typing import ArrayLike
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: distinguishable with every common colour-vision deficiency.
 COLORS = {"SGD": "#000000", "SWA": "#009E73", "SWAG-Diag": "#0072B2", "SWAG": "#D55E00"}
@@ -47,7 +47,9 @@ def _axes(width: float = 7.0, height: float = 4.5, **options: Any) -> tuple[Figu
     return plt.subplots(figsize=(width, height), layout="constrained", **options)
 
 
-def reliability_diagram(path: Path, curves: Mapping[str, tuple[ArrayLike, ArrayLike]], ece: Mapping[str, float]) -> None:
+def reliability_diagram(
+    path: Path, curves: Mapping[str, tuple[ArrayLike, ArrayLike]], ece: Mapping[str, float]
+) -> None:
     """Confidence minus accuracy against confidence, in bins of equal mass; the dashed line is perfect calibration.
 
     The confidence axis is logarithmic in 1 - confidence, because nearly all predictions of a trained network lie
@@ -133,7 +135,9 @@ def covariance_spectrum(path: Path, leading: ArrayLike, low_rank: ArrayLike, dia
             axes.plot(np.arange(1, len(ordered) + 1), ordered, color="#0072B2", label="diagonal part, sorted")
         if len(np.asarray(low_rank)):
             shown = np.asarray(low_rank, dtype=float)
-            axes.plot(np.arange(1, len(shown) + 1), shown, "o", color="#D55E00", label="low-rank part, principal components")
+            axes.plot(
+                np.arange(1, len(shown) + 1), shown, "o", color="#D55E00", label="low-rank part, principal components"
+            )
         if len(np.asarray(leading)):
             shown = np.asarray(leading, dtype=float)
             axes.plot(
@@ -188,7 +192,15 @@ def training_curves(path: Path, records: Sequence[Mapping[str, Any]], start: int
             bottom.plot(epochs, [row["lr"] for row in rows], color=color)
         for axes in (top, bottom):
             axes.axvline(start, color="#999999", linewidth=1)
-        top.text(start, 0.98, " collection starts", transform=top.get_xaxis_transform(), va="top", color="#777777", fontsize=10)
+        top.text(
+            start,
+            0.98,
+            " collection starts",
+            transform=top.get_xaxis_transform(),
+            va="top",
+            color="#777777",
+            fontsize=10,
+        )
         top.set_yscale("log")
         top.set_ylabel("NLL [nats per image]")
         top.set_title("Training")

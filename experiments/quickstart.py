@@ -9,13 +9,13 @@ Batch-norm statistics are recomputed from the training images for every set of w
 the report alone; the default settings were chosen on the validation images. "Shifted" images are the test images
 turned by 90 degrees: AUROC says how well predictive entropy tells them from the others.
 
-examples:
+Examples:
   python -m experiments.quickstart
   python -m experiments.quickstart --dataset MNIST --data_path DATA_DIR --dir runs/mnist
   python -m experiments.quickstart --dataset CIFAR10 --data_path DATA_DIR --dir runs/cifar10 --device cuda
   python -m experiments.quickstart --resume
 
-writes to --dir: posterior.safetensors, log.jsonl, five figures (*.png), results.json (last), settings.json,
+Writes to --dir: posterior.safetensors, log.jsonl, five figures (*.png), results.json (last), settings.json,
 environment.json, command.sh, checkpoint-*.safetensors
 """
 
@@ -170,7 +170,11 @@ def run_phases(settings: Settings, run: RunDir, data: ImageData, device: torch.d
     swag = lb.SWAG(model, rank=settings.rank)
     rate = partial(learning_rate, lr_init=settings.lr_init, final_lr=settings.swa_lr, horizon=settings.swa_start)
     phase = Phase(
-        name="swag", learning_rate=rate, start=settings.swa_start, collects_per_epoch=settings.collects_per_epoch, **common
+        name="swag",
+        learning_rate=rate,
+        start=settings.swa_start,
+        collects_per_epoch=settings.collects_per_epoch,
+        **common,
     )
     train(run, phase, model, data.train, data.validation, swag)
     return model, sgd, swag
@@ -281,12 +285,18 @@ def losses_along_rays(
 
 
 def draw_figures(
-    settings: Settings, run: RunDir, model: nn.Module, posterior: Any, evaluations: dict[str, Evaluation], data: ImageData
+    settings: Settings,
+    run: RunDir,
+    model: nn.Module,
+    posterior: Any,
+    evaluations: dict[str, Evaluation],
+    data: ImageData,
 ) -> None:
     """Write the five figures."""
     ece = {name: evaluations[name].metrics["test"]["ece"] for name in METHODS}
     curves = {
-        name: lb.metrics.reliability_curve(evaluations[name].test.mean, evaluations[name].test.targets) for name in METHODS
+        name: lb.metrics.reliability_curve(evaluations[name].test.mean, evaluations[name].test.targets)
+        for name in METHODS
     }
     plots.training_curves(run.path / "training.png", run.read_log(), settings.swa_start)
     plots.reliability_diagram(run.path / "reliability.png", curves, ece)

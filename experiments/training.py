@@ -43,7 +43,7 @@ def learning_rate(epoch: int, lr_init: float, final_lr: float, horizon: int) -> 
 
 
 def augment(images: Tensor, max_shift: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to `max_shift` pixels, zero-padded, and flip it horizontally with probability 1/2 if `flip`.
+    """Shift each image by up to `max_shift` pixels, zero-padded; if `flip`, mirror it with probability 1/2.
 
     Args:
         images: Shape (N, C, H, W).
@@ -133,7 +133,12 @@ def train(
 
 
 def _train_epoch(
-    phase: Phase, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, data: Split, collector: Collector | None
+    phase: Phase,
+    epoch: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Split,
+    collector: Collector | None,
 ) -> float:
     """Return the mean of the loss over the epoch, each batch weighted by its size."""
     generator = torch.Generator().manual_seed(phase.seed * 1_000_003 + epoch)
