@@ -39,11 +39,18 @@ from experiments.common import (
     SettingsError,
     format_table,
     parse_settings,
-    peak_memory,
     resolve_device,
     setting,
 )
-from experiments.data import DATASETS, ImageData, Split, load
+from experiments.data import DATASETS, ImageData, load
+from experiments.evaluation import (
+    Evaluation,
+    average_curve,
+    describe_posterior,
+    evaluate_method,
+    losses_along_rays,
+    rays,
+)
 from experiments.models import SmallConvNet
 from experiments.training import Phase, learning_rate, train
 
@@ -134,14 +141,6 @@ def check(settings: Settings) -> Settings:
     return settings
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Predictions of one method on the validation, test and shifted images."""
-
-    metrics: dict[str, dict[str, float]]
-    test: Any  # lb.Predictive
-
-
 def new_model(settings: Settings, data: ImageData, device: torch.device) -> nn.Module:
     """Make the network with initial weights that depend on the seed alone."""
     torch.manual_seed(settings.seed)
@@ -178,110 +177,6 @@ def run_phases(settings: Settings, run: RunDir, data: ImageData, device: torch.d
     )
     train(run, phase, model, data.train, data.validation, swag)
     return model, sgd, swag
-
-
-def evaluate_method(settings: Settings, model: nn.Module, weights: Any, data: ImageData, name: str) -> Evaluation:
-    """Predict with a posterior or with one weight vector (D,), batch norm recalibrated for each set of weights."""
-
-    def predict(split: Split) -> Any:
-        return lb.predict(
-            model,
-            weights,
-            split.batches(500),
-            num_samples=settings.num_samples,
-            bn_loader=data.train.batches(500),
-            generator=torch.Generator(data.train.inputs.device).manual_seed(settings.seed),
-            progress=name,
-        )
-
-    splits = {"validation": data.validation, "test": data.test, "shifted": data.test.rotated()}
-    predictions = {split: predict(images) for split, images in splits.items()}
-    metrics = {}
-    for split, prediction in predictions.items():
-        probabilities, targets = prediction.mean, prediction.targets
-        metrics[split] = {
-            "accuracy": lb.metrics.accuracy(probabilities, targets),
-            "nll": lb.metrics.nll(probabilities, targets),
-            "ece": lb.metrics.ece(probabilities, targets),
-            "brier": lb.metrics.brier(probabilities, targets),
-        }
-    metrics["test"]["shift_auroc"] = lb.metrics.auroc(predictions["test"].entropy, predictions["shifted"].entropy)
-    return Evaluation(metrics, predictions["test"])
-
-
-def describe_posterior(posterior: Any, settings: Settings) -> dict[str, Any]:
-    """Density, entropy and memory of a posterior; each log-density in nats, each size in bytes."""
-    device = posterior.mean.device
-
-    def use() -> tuple[float, Tensor]:
-        draws = posterior.sample(settings.num_samples, generator=torch.Generator(device).manual_seed(settings.seed))
-        return posterior.entropy().item(), posterior.log_prob(draws)
-
-    (entropy, log_density), peak = peak_memory(use, device)
-    return {
-        "parameters": posterior.mean.numel(),
-        "rank": posterior.covariance.root.shape[-1],
-        "entropy_nats": entropy,
-        "log_density_at_mean_nats": posterior.log_prob(posterior.mean).item(),
-        "log_density_of_draws_nats": log_density.mean().item(),
-        "mean_std": posterior.stddev.double().mean().item(),
-        "peak_bytes": peak,
-    }
-
-
-def average_curve(log_likelihood: Tensor, seed: int, orders: int = 20) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """NLL of the average of the first s samples, s = 1 to S: mean, 10 % and 90 % quantile over orders of the samples.
-
-    Args:
-        log_likelihood: log p(y | x, weights), shape (S, N) [nats].
-        seed: Seed of the orders.
-        orders: Number of orders.
-
-    Returns:
-        Three arrays (S,) [nats].
-    """
-    generator = torch.Generator().manual_seed(seed)
-    log_likelihood = log_likelihood.cpu().double()
-    count = torch.arange(1, len(log_likelihood) + 1, dtype=torch.float64)
-    curves = []
-    for _ in range(orders):
-        order = torch.randperm(len(log_likelihood), generator=generator)
-        average = log_likelihood[order].logcumsumexp(0) - count.log().unsqueeze(-1)
-        curves.append(-average.mean(-1))
-    found = torch.stack(curves).numpy()
-    return found.mean(0), np.quantile(found, 0.1, axis=0), np.quantile(found, 0.9, axis=0)
-
-
-def rays(posterior: Any, seed: int, num_components: int = 3) -> tuple[Tensor, list[float], list[str]]:
-    """Unit vectors (R, D), standard deviation of the posterior along each, and their names.
-
-    The leading principal components of the low-rank part, and a random direction to compare with.
-    """
-    covariance, mean = posterior.covariance, posterior.mean
-    rank = min(num_components, covariance.root.shape[-1])
-    _, directions = covariance.principal_components(rank, of="low_rank")
-    random = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed)).to(mean)
-    units = torch.cat([directions.mT, (random / random.norm()).unsqueeze(0)])
-    stddevs = (units * (covariance @ units.mT).mT).sum(-1).sqrt().tolist()
-    return units, stddevs, [*(f"component {i + 1}" for i in range(rank)), "random direction"]
-
-
-def losses_along_rays(
-    model: nn.Module, posterior: Any, units: Tensor, stddevs: list[float], steps: np.ndarray, data: ImageData
-) -> dict[str, np.ndarray]:
-    """Mean NLL (rays, steps) of the training and test images at mean + step x std x unit, batch norm recalibrated."""
-    found = {}
-    limit = 2000  # images; a smooth picture needs no more
-    along = torch.as_tensor(steps, dtype=posterior.mean.dtype, device=posterior.mean.device)
-    for split, images in (("train", data.train.first(limit)), ("test", data.test.first(limit))):
-        losses = []
-        for unit, stddev in zip(units, stddevs, strict=True):
-            thetas = posterior.mean + stddev * along.unsqueeze(-1) * unit
-            bn_loader = data.train.first(limit).batches(500)
-            prediction = lb.predict(model, thetas, images.batches(500), bn_loader=bn_loader, progress=False)
-            losses.append(-prediction.log_likelihood.mean(-1).cpu().numpy())
-        found[split] = np.stack(losses)
-    return found
 
 
 def draw_figures(
@@ -342,7 +237,10 @@ def report(settings: Settings, evaluations: dict[str, Evaluation], posteriors: d
         for name, found in posteriors.items()
     ]
     header = ["posterior", "parameters", "rank", "entropy", "log p(mean)", "log p(draws)", "peak MiB"]
-    title = f"{data.name}: {len(data.train):,} training, {len(data.validation):,} validation, {len(data.test):,} test images"
+    title = f"{data.name}: " + ", ".join(
+        f"{len(split):,} {name}"
+        for name, split in (("training", data.train), ("validation", data.validation), ("test images", data.test))
+    )
     note = (
         f"test images; {settings.num_samples} weight samples; NLL in nats, entropy and log-density in nats over all "
         f"parameters; peak: drawing {settings.num_samples} samples, their log-density, and the entropy"
@@ -363,8 +261,9 @@ def experiment(settings: Settings, data: ImageData, run: RunDir, device: torch.d
     }
     posterior = sources["SWAG"]
     posterior.save(run.path / "posterior.safetensors")
-    evaluations = {name: evaluate_method(settings, model, weights, data, name) for name, weights in sources.items()}
-    posteriors = {name: describe_posterior(sources[name], settings) for name in ("SWAG-Diag", "SWAG")}
+    draws = {"num_samples": settings.num_samples, "seed": settings.seed}
+    evaluations = {name: evaluate_method(model, weights, data, **draws) for name, weights in sources.items()}
+    posteriors = {name: describe_posterior(sources[name], **draws) for name in ("SWAG-Diag", "SWAG")}
     evaluated = time.perf_counter()
     draw_figures(settings, run, model, posterior, evaluations, data)
     seconds = {
