@@ -129,7 +129,7 @@ def decode_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype, block: int = B
 
 def _scales(x: Tensor, dtype: torch.dtype, block: int) -> Tensor:
     full = x.shape[-1] // block * block
-    parts = [x[..., :full].unflatten(-1, (full // block, block))] if full else []
+    parts = [x[..., :full].view((*x.shape[:-1], full // block, block))] if full else []
     if full < x.shape[-1]:
         parts.append(x[..., full:].unsqueeze(-2))
     if not parts:
@@ -156,7 +156,7 @@ def _multiply_blocks_(x: Tensor, factor: Tensor, block: int, start: int) -> None
         first += 1
     whole = (d - head) // block
     if whole:
-        body = x[..., head : head + whole * block].unflatten(-1, (whole, block))
+        body = x[..., head : head + whole * block].view((*x.shape[:-1], whole, block))
         body.mul_(factor[..., first : first + whole, None])
     if head + whole * block < d:
         x[..., head + whole * block :].mul_(factor[..., first + whole : first + whole + 1])

@@ -40,7 +40,7 @@ def first_unusable(x: Tensor, bound: float) -> int | None:
     for columns in column_chunks(x.numel(), x.device):
         bad = ~(x[columns].abs() < bound)
         if bool(bad.any()):
-            return columns.start + int(bad.to(torch.uint8).argmax())
+            return int(columns.start + bad.to(torch.uint8).argmax())
     raise AssertionError("unreachable: aminmax saw an unusable entry")  # pragma: no cover
 
 
@@ -176,18 +176,19 @@ class StreamingMoments:
         return self.sum_sq / (self.count - correction)
 
     @torch.no_grad()
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor, *, check_finite: bool = True) -> None:
         """Count one more vector.
 
         Args:
             x: Shape ``(D,)``, any floating dtype, on the device of the state.
+            check_finite: Look for unusable entries first; False is for callers who have done so.
 
         Raises:
             ShapeError: If the shape is not ``(D,)``.
             NonFiniteError: If an entry is NaN, infinite, or so large that its square overflows; nothing is written.
         """
         self._check(x)
-        bad = first_unusable(x, self.bound)
+        bad = first_unusable(x, self.bound) if check_finite else None
         if bad is not None:
             raise NonFiniteError(
                 f"expected entries below {self.bound:.1e} in magnitude; entry {bad} is {x[bad].item()}."

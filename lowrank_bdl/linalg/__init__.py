@@ -1,0 +1,1 @@
+"""Structured linear algebra on tensors: moments, buffers, low-rank-plus-diagonal operators, Lanczos."""

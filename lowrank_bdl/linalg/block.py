@@ -1,0 +1,78 @@
+"""Rectangular blocks of a low-rank-plus-diagonal matrix."""
+
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from linear_operator.operators import LinearOperator
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
+
+Index: TypeAlias = slice | Tensor
+
+
+def same_index(left: Index, right: Index, size: int) -> bool:
+    """Whether two indices choose the same coordinates of ``size`` in the same order."""
+    if isinstance(left, slice) and isinstance(right, slice):
+        return range(size)[left] == range(size)[right]
+    if isinstance(left, slice) or isinstance(right, slice):
+        return False
+    return left is right or torch.equal(left, right)
+
+
+def positions(index: Index, size: int, device: torch.device) -> Tensor:
+    """Return ``index`` as a LongTensor of coordinates."""
+    if isinstance(index, slice):
+        return torch.arange(size, device=device)[index]
+    return torch.where(index < 0, index + size, index)
+
+
+class LowRankPlusDiagBlock(LinearOperator):
+    r"""The block ``Sigma[rows, columns]``: what ``Sigma[rows]`` is until ``[:, columns]`` makes it square again.
+
+    Args:
+        base: The matrix Sigma, shape ``(*B, D, D)``.
+        rows: Coordinates of the rows, ``(m,)``.
+        columns: Coordinates of the columns, ``(n,)``.
+    """
+
+    def __init__(self, base: "LowRankPlusDiagLinearOperator", rows: Tensor, columns: Tensor) -> None:
+        super().__init__(base, rows=rows, columns=columns)
+        self.base = base
+        self.rows = rows
+        self.columns = columns
+
+    def _size(self) -> torch.Size:
+        return torch.Size((*self.base.batch_shape, len(self.rows), len(self.columns)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the whole matrix."""
+        return self.base.dtype
+
+    def _transpose_nonbatch(self) -> "LowRankPlusDiagBlock":
+        return LowRankPlusDiagBlock(self.base, self.columns, self.rows)
+
+    def _expand_batch(self, batch_shape: torch.Size | list[int]) -> "LowRankPlusDiagBlock":
+        return LowRankPlusDiagBlock(self.base._expand_batch(batch_shape), self.rows, self.columns)
+
+    def _matmul(self, rhs: Tensor) -> Tensor:
+        """Return the product with ``rhs`` of shape ``(*B, n, S)``: embed in D coordinates, multiply, select."""
+        vector = rhs.ndim == 1
+        columns = rhs.unsqueeze(-1) if vector else rhs
+        shape = (*columns.shape[:-2], self.base.shape[-1], columns.shape[-1])
+        embedded = columns.new_zeros(shape).index_add(-2, self.columns, columns)
+        result = self.base.matmul(embedded)[..., self.rows, :]
+        return result.squeeze(-1) if vector else result
+
+    def _getitem(self, row_index: Index, col_index: Index, *batch_indices: Index | int) -> LinearOperator:
+        base = self.base[batch_indices] if batch_indices else self.base
+        return base.select(self.rows[row_index], self.columns[col_index])
+
+    def to_dense(self) -> Tensor:
+        """Return the block as a dense tensor ``(*B, m, n)``."""
+        if len(self.rows) < len(self.columns):
+            return self._transpose_nonbatch().to_dense().mT
+        eye = torch.eye(len(self.columns), dtype=self.dtype, device=self.base.device)
+        return self._matmul(eye.expand(*self.base.batch_shape, *eye.shape))

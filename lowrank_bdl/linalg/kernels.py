@@ -1,0 +1,85 @@
+"""Products, diagonals and draws of a low-rank-plus-diagonal matrix: what needs no solve."""
+
+import torch
+from torch import Tensor
+
+from lowrank_bdl.linalg.factors import LowRankFactors, project
+
+
+def matmul(factors: LowRankFactors, columns: Tensor) -> Tensor:
+    r"""Return :math:`\Sigma X`, shape ``(*B, D, S)``.
+
+    Args:
+        factors: The matrix.
+        columns: :math:`X`, shape ``(*B, D, S)``.
+
+    Cost: two reads of the root, O(D K S) time, no memory beyond the result and one chunk.
+    """
+    dtype = factors.diag.dtype
+    inner = factors.mix_forward(factors.mix_transposed(project(factors, columns))).to(dtype)  # (*B, K, S)
+    result = torch.empty((*factors.batch_shape, factors.dim, columns.shape[-1]), dtype=dtype, device=columns.device)
+    for part in factors.chunks():
+        chunk = result[..., part, :]
+        torch.mul(factors.diag[..., part, None], columns[..., part, :], out=chunk)
+        lift_(chunk, factors.rows(part, dtype), inner)
+    return result
+
+
+def lift_(target: Tensor, rows: Tensor, inner: Tensor, sign: float = 1.0) -> Tensor:
+    """Add ``sign * rows.mT @ inner`` to ``target`` in place, without a temporary where BLAS can do so.
+
+    Args:
+        target: Shape ``(*B, n, S)``.
+        rows: Shape ``(*B, K, n)``.
+        inner: Shape ``(*B, K, S)``.
+        sign: Factor of the product.
+    """
+    if target.ndim == 2:
+        return target.addmm_(rows.mT, inner, alpha=sign)
+    return target.add_(rows.mT @ inner, alpha=sign)
+
+
+def diagonal(factors: LowRankFactors) -> Tensor:
+    r"""Return :math:`d_i + \sum_k (R M)_{ik}^2`, shape ``(*B, D)``.
+
+    Cost: one read of the root, O(D K) time (O(D K R) with a matrix mix), no memory beyond the result and a chunk.
+    """
+    dtype = factors.diag.dtype
+    result = torch.empty_like(factors.diag, memory_format=torch.contiguous_format)
+    for part in factors.chunks():
+        if factors.mix.ndim == 0:
+            squares = factors.rows(part, dtype).square().sum(-2).mul_(factors.mix.to(dtype).square())
+        else:
+            squares = factors.mixed_rows(part, dtype).square().sum(-2)
+        torch.add(factors.diag[..., part], squares, out=result[..., part])
+    return result
+
+
+def draw(
+    factors: LowRankFactors, num_samples: int, generator: torch.Generator | None = None, mean: Tensor | None = None
+) -> Tensor:
+    r"""Draw from :math:`N(m, \Sigma)`: :math:`m + \sqrt d \odot z_1 + R M z_2`, shape ``(S, *B, D)``.
+
+    One pass over the root serves all S draws, and the result holds the normals :math:`z_1` before they are scaled,
+    so nothing of its size is allocated beside it. The stream of normals does not depend on the chunk size.
+
+    Args:
+        factors: The matrix.
+        num_samples: The number of draws S.
+        generator: Source of the normals; None means torch's default generator.
+        mean: :math:`m`, shape ``(*B, D)``, or None for zero.
+
+    Cost: one read of the root and S D normals.
+    """
+    dtype, device, batch = factors.diag.dtype, factors.diag.device, factors.batch_shape
+    low_rank = torch.randn((*batch, num_samples, factors.rank), dtype=dtype, device=device, generator=generator)
+    inner = factors.mix_forward(low_rank.mT.double()).to(dtype)  # (*B, K, S)
+    result = torch.empty((num_samples, *batch, factors.dim), dtype=dtype, device=device)
+    result.normal_(generator=generator)
+    columns = result.movedim(0, -1)  # (*B, D, S)
+    for part in factors.chunks():
+        chunk = columns[..., part, :].mul_(factors.diag[..., part, None].sqrt())
+        if mean is not None:
+            chunk += mean[..., part, None]
+        lift_(chunk, factors.rows(part, dtype), inner)
+    return result

@@ -1,0 +1,228 @@
+"""Operations that keep a low-rank-plus-diagonal matrix what it is: scaling, sums, blocks, batch axes, dtypes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from linear_operator.operators import (
+    ConstantMulLinearOperator,
+    DiagLinearOperator,
+    LinearOperator,
+    LowRankRootAddedDiagLinearOperator,
+    RootLinearOperator,
+    ZeroLinearOperator,
+)
+from torch import Tensor
+from typing_extensions import Self
+
+from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.linalg.block import Index, LowRankPlusDiagBlock, positions, same_index
+from lowrank_bdl.linalg.operator_state import LowRankPlusDiagState
+
+
+class LowRankPlusDiagStructure(LowRankPlusDiagState):
+    """What returns an operator of the same class, never a second D x K tensor but where that is the result."""
+
+    def _mul_constant(self, other: float | Tensor) -> LinearOperator:
+        constant = torch.as_tensor(other, device=self.device)
+        if bool((constant == 0).all()):
+            return ZeroLinearOperator(*self.shape, dtype=self.dtype, device=self.device)
+        if not bool((constant > 0).all()):
+            return ConstantMulLinearOperator(self, constant.to(self.dtype))
+        root = constant.double().sqrt()
+        mix = self.mix
+        if constant.ndim:
+            eye = torch.eye(self.root.shape[-1], dtype=torch.float64, device=self.device)
+            mix = mix.double() * eye if mix.ndim == 0 else mix
+            root = root[..., None, None]
+        diag = self.diag * (constant[..., None] if constant.ndim else constant).to(self.dtype)
+        return self._derived(self.root, diag, mix * root, self.root_scale)
+
+    def add_diagonal(self, diag: Tensor) -> Self:
+        """Return Sigma + diag(``diag``), with ``diag`` of shape ``(*B, D)``, ``(*B, 1)`` or ``()``."""
+        if diag.ndim and diag.shape[-1] not in (1, self.shape[-1]):
+            raise ShapeError(f"diag must end in 1 or {self.shape[-1]} entries; got shape {tuple(diag.shape)}.")
+        return self._derived(self.root, self.diag + diag, self.mix, self.root_scale)
+
+    def __add__(self, other: Any) -> LinearOperator:
+        if isinstance(other, ZeroLinearOperator) or (isinstance(other, int | float) and other == 0):
+            return self
+        if isinstance(other, DiagLinearOperator):
+            return self.add_diagonal(other._diagonal())
+        if isinstance(other, LowRankRootAddedDiagLinearOperator):
+            other = self.from_linear_operator(other)
+        elif isinstance(other, RootLinearOperator):
+            root = other.root.to_dense()
+            other = self.__class__(root, torch.zeros_like(root[..., 0], dtype=self.dtype))
+        else:
+            return LinearOperator.__add__(self, other)
+        return self._stacked((self, other))
+
+    def add_low_rank(self, low_rank_mat: Tensor | LinearOperator, *args: Any, **kwargs: Any) -> LinearOperator:
+        """Return Sigma + V V' for V of shape ``(*B, D, L)``, with the columns of V stacked beside the root."""
+        dense = low_rank_mat if isinstance(low_rank_mat, Tensor) else low_rank_mat.to_dense()
+        return self + RootLinearOperator(dense)
+
+    def _stacked(self, terms: tuple[Self, ...]) -> Self:
+        """Return the sum of several operators: their roots stacked, a result of that size, and their mixes."""
+        if any(term.shape[-1] != self.shape[-1] for term in terms):
+            raise ShapeError(f"sizes must agree; got {[tuple(term.shape) for term in terms]}.")
+        terms = tuple(term._decoded() for term in terms)
+        batch = torch.broadcast_shapes(*(term.batch_shape for term in terms))
+        dtypes = {term.root.dtype for term in terms}
+        dtype = self.dtype if len(dtypes) > 1 else dtypes.pop()
+        rows = [term.factors.root.mT.to(dtype).expand(*batch, -1, -1) for term in terms]
+        if all(term.mix.ndim == 0 for term in terms) and len({id(term.mix) for term in terms}) == 1:
+            mix = terms[0].mix
+        else:
+            mix = _block_diagonal([term._mix_matrix() for term in terms])
+        return self.__class__(torch.cat(rows, dim=-2).mT, sum(term.diag for term in terms), mix)  # type: ignore[arg-type]
+
+    def _mix_matrix(self) -> Tensor:
+        if self.mix.ndim:
+            return self.mix.double()
+        return self.mix.double() * torch.eye(self.root.shape[-1], dtype=torch.float64, device=self.device)
+
+    def _sum_batch(self, dim: int) -> LinearOperator:
+        terms = self._map(lambda t: t.movedim(dim, 0))
+        return self._stacked(tuple(terms[i] for i in range(terms.shape[0])))
+
+    # ---- shapes -----------------------------------------------------------------------------------------------------
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Apply a change of batch axes to every tensor that has them."""
+        mix = change(self.mix) if self.mix.ndim > 2 else self.mix
+        scale = None if self.root_scale is None else change(self.root_scale)
+        return self._derived(change(self.root), change(self.diag), mix, scale)
+
+    def _expand_batch(self, batch_shape: torch.Size | list[int]) -> Self:
+        shape = torch.Size(batch_shape)
+        if shape == self.batch_shape:
+            return self
+        core, own = self._core, len(self._core.batch_shape)
+        result = core._derived(
+            core.root.expand(*shape, *core.root.shape[-2:]),
+            core.diag.expand(*shape, core.shape[-1]),
+            core.mix,
+            None if core.root_scale is None else core.root_scale.expand(*shape, *core.root_scale.shape[-2:]),
+        )
+        if shape[len(shape) - own :] == core.batch_shape:
+            result._unexpanded = core
+        return result
+
+    def repeat(self, *sizes: Any) -> LinearOperator:
+        """Return copies along batch axes as views: nothing is repeated in memory. Sizes end in 1, 1."""
+        counts = torch.Size(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
+        if len(counts) < self.ndim or counts[-2:] != (1, 1):
+            raise ShapeError(f"repeat takes at least {self.ndim} sizes that end in 1, 1; got {tuple(counts)}.")
+        batch = counts[:-2]
+        own = (1,) * (len(batch) - len(self.batch_shape)) + tuple(self.batch_shape)
+        if all(count == 1 or size == 1 for count, size in zip(batch, own, strict=True)):
+            return self._expand_batch(torch.Size(c * s for c, s in zip(batch, own, strict=True)))
+        return super().repeat(*counts)
+
+    def _permute_batch(self, *dims: int) -> Self:
+        return self._map(lambda t: t.permute(*dims, *range(len(dims), t.ndim)))
+
+    def _unsqueeze_batch(self, dim: int) -> Self:
+        return self._map(lambda t: t.unsqueeze(dim))
+
+    def squeeze(self, dim: int) -> Self:
+        """Return the operator without the batch axis ``dim`` of size one."""
+        axis = dim if dim >= 0 else dim + self.ndim
+        if axis >= len(self.batch_shape) or self.batch_shape[axis] != 1:
+            return self
+        return self._map(lambda t: t.squeeze(axis))
+
+    def _getitem(self, row_index: Index, col_index: Index, *batch_indices: Index | int) -> LinearOperator:
+        base = self._map(lambda t: t[batch_indices]) if batch_indices else self
+        size = self.shape[-1]
+        whole = slice(None)
+        if same_index(row_index, whole, size) and same_index(col_index, whole, size):
+            return base
+        if same_index(row_index, col_index, size):
+            return base.select(row_index, col_index)
+        return base.select(positions(row_index, size, self.device), positions(col_index, size, self.device))
+
+    def select(self, rows: Index, columns: Index) -> LinearOperator:
+        """Return the block of these rows and columns: of this class where they agree, else a rectangular operator.
+
+        Args:
+            rows: A slice or a LongTensor ``(m,)`` of coordinates.
+            columns: Likewise ``(n,)``.
+
+        Cost: a view for slices, a gather of the chosen rows of the root for tensors.
+        """
+        size = self.shape[-1]
+        distinct = isinstance(rows, slice) or len(rows.unique()) == len(rows)
+        if not same_index(rows, columns, size) or not distinct:
+            rows, columns = positions(rows, size, self.device), positions(columns, size, self.device)
+            return LowRankPlusDiagBlock(self, rows, columns)
+        diag = self.diag[..., rows]
+        if self.root_scale is not None:
+            gathered = self.factors.rows_at(positions(rows, size, self.device), self.dtype)
+            return self._derived(gathered.mT, diag, self.mix, None)
+        return self._derived(self.factors.root.mT[..., rows].mT, diag, self.mix, None)
+
+    def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
+        root = self._decoded().factors.root
+        left_index, right_index = (*batch_indices, row_index), (*batch_indices, col_index)
+        left, right = root[left_index], root[right_index]
+        mix = self._mix_matrix().to(self.dtype)
+        mix = mix[batch_indices] if batch_indices and mix.ndim > 2 else mix
+        left, right = ((side.to(self.dtype).unsqueeze(-2) @ mix).squeeze(-2) for side in (left, right))
+        on_diagonal = torch.where(row_index == col_index, self.diag[left_index], 0.0)
+        return (left * right).sum(-1) + on_diagonal
+
+    # ---- dtype and device -------------------------------------------------------------------------------------------
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move to a device and compute in a dtype, as `torch.Tensor.to`.
+
+        A wider dtype applies to the diagonal and so to all arithmetic, and leaves the root as it is stored; a narrower
+        one applies to the root as well. float16 and bfloat16 are refused.
+        """
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        diag = self.diag.to(device=device, dtype=dtype)
+        narrower = dtype is not None and self.root.dtype.itemsize > dtype.itemsize
+        root = self.root.to(device=device, dtype=dtype if narrower else None)
+        scale = None if self.root_scale is None else self.root_scale.to(device=device)
+        return self._derived(root, diag, self.mix.to(device=device), scale)
+
+    def type(self, dtype: torch.dtype) -> Self:
+        """Compute in another dtype; see `to`."""
+        return self.to(dtype)
+
+    def cpu(self) -> Self:
+        """Move to the CPU."""
+        return self.to("cpu")
+
+    def cuda(self, device_id: Any = None) -> Self:
+        """Move to a CUDA device."""
+        return self.to(torch.device("cuda", device_id) if isinstance(device_id, int) else device_id or "cuda")
+
+    def detach(self) -> Self:
+        """Return the operator without its autograd history; the factorisation is kept."""
+        result = self._map(lambda t: t.detach())
+        result.mix = result.mix.detach()
+        result._factored = self._factored
+        return result
+
+    def clone(self) -> Self:
+        """Return a copy that owns its tensors and is not pinned; the K x D layout of the root is kept."""
+        factors = self.factors
+        scale = None if factors.scale is None else factors.scale.clone()
+        root = factors.root.mT.contiguous().clone() if factors.root.mT.is_contiguous() else factors.root.mT.contiguous()
+        return self.__class__(root.mT, factors.diag.clone(), factors.mix.clone(), root_scale=scale)
+
+
+def _block_diagonal(blocks: list[Tensor]) -> Tensor:
+    """Return the block-diagonal matrix of ``(*B, K, R)`` blocks, with batch axes."""
+    batch = torch.broadcast_shapes(*(block.shape[:-2] for block in blocks))
+    rows, columns = (sum(block.shape[axis] for block in blocks) for axis in (-2, -1))
+    result = blocks[0].new_zeros((*batch, rows, columns))
+    row = column = 0
+    for block in blocks:
+        result[..., row : row + block.shape[-2], column : column + block.shape[-1]] = block
+        row, column = row + block.shape[-2], column + block.shape[-1]
+    return result

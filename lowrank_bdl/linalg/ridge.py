@@ -1,0 +1,173 @@
+r"""Solves and quadratic forms as ridge residuals.
+
+For one vector x let :math:`y = D^{-1/2} x` and :math:`W = D^{-1/2} R M`. Then
+
+.. math:: x^\top \Sigma^{-1} x = \min_z \|y - W z\|^2 + \|z\|^2, \qquad \Sigma^{-1} x = D^{-1/2} (y - W z),
+
+with :math:`z = C^{-1} W^\top y`: two reads of the root and no subtraction of large numbers, which is where the Woodbury
+form :math:`\|y\|^2 - \|L^{-1} W^\top y\|^2` loses everything. What rounding is left grows with eps times the norm of
+y over the norm of the residual. Both are at hand, so the error is bounded after every pass, and a pass whose bound is
+too large is redone in float64, or by a QR factorisation with sorted rows.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank_bdl.errors import NotPSDError
+from lowrank_bdl.linalg.capacitance import Capacitance, factorize
+from lowrank_bdl.linalg.factors import LowRankFactors, inverse_std
+from lowrank_bdl.linalg.kernels import lift_
+from lowrank_bdl.linalg.stiff import stiff_ridge
+
+QUADRATIC_TOLERANCE = 1e-6
+"""Largest estimated relative error of a quadratic form; second order in the error of z."""
+SOLVE_TOLERANCE = 1e-5
+"""Largest estimated relative error of a solve that the storage dtype may cause; first order in the error of z."""
+STIFF_SOLVE_TOLERANCE = 1e-3
+"""Largest estimated relative error with which a solve is returned at all."""
+
+
+@dataclass(frozen=True)
+class Ridge:
+    r"""Solutions for S right-hand sides.
+
+    Attributes:
+        quadratic: :math:`x^\top \Sigma^{-1} x`, shape ``(*B, S)``, float64; infinite off the value of a point mass.
+        weights: :math:`z = (R M)^\top \Sigma^{-1} x`, shape ``(*B, R, S)``, float64.
+        solution: :math:`\Sigma^{-1} x`, shape ``(*B, D, S)``, in the storage dtype, or None if it was not asked for.
+        capacitance: The factorisation that was used, a finer one than was given where that one did not suffice.
+    """
+
+    quadratic: Tensor
+    weights: Tensor
+    solution: Tensor | None
+    capacitance: Capacitance
+
+
+@dataclass(frozen=True)
+class _Residual:
+    """What one pass over the residual ``r = y - W z`` leaves: sums over D in float64, each of shape ``(*B, S)``."""
+
+    square: Tensor  # ||r||^2
+    start: Tensor  # ||y||^2
+    solution: Tensor | None  # D^-1/2 r
+    solution_square: Tensor  # ||D^-1/2 r||^2
+    solution_start: Tensor  # ||D^-1/2 y||^2
+
+
+def ridge(
+    factors: LowRankFactors,
+    capacitance: Capacitance,
+    columns: Tensor,
+    *,
+    mean: Tensor | None = None,
+    solve: bool = False,
+) -> Ridge:
+    r"""Solve for ``columns`` minus ``mean``, in the cheapest arithmetic whose error bound is good enough.
+
+    Args:
+        factors: The matrix.
+        capacitance: Its factorisation.
+        columns: Right-hand sides x, shape ``(*B, D, S)``.
+        mean: Subtracted from every column chunk by chunk, so that no D x S difference is formed; ``(*B, D)``.
+        solve: Whether to return :math:`\Sigma^{-1} x` too.
+
+    Raises:
+        NotPSDError: If ``solve`` is asked for and even float64 loses it: the variances of some coordinates are too
+            far below their deviations.
+
+    Cost: two reads of the root, O(D K S) time; repeated in float64 where the bound asks for it.
+    """
+    for dtype in dict.fromkeys((factors.diag.dtype, torch.float64)):
+        if dtype is torch.float64 and capacitance.method == "storage" and factors.diag.dtype is not dtype:
+            capacitance = factorize(factors, least="double")
+        if capacitance.method == "qr" or (capacitance.method == "double" and dtype is not torch.float64):
+            continue
+        inner = factors.zeros(factors.root.shape[-1], columns.shape[-1])
+        for part in factors.chunks():
+            weight = inverse_std(factors.diag[..., part], dtype).square().unsqueeze(-1)
+            inner += (factors.rows(part, dtype) @ _centre(columns, mean, part, dtype).mul_(weight)).double()
+        weights = capacitance.solve(factors.mix_transposed(inner))
+        residual = _residual(factors, weights, columns, mean, dtype, solve)
+        quadratic = residual.square + weights.square().sum(-2)
+        if _error(residual, quadratic, capacitance, factors, dtype, solve) < 1.0:
+            break
+    else:
+        centred = columns.double() if mean is None else columns.double() - mean.double().unsqueeze(-1)
+        quadratic, weights = stiff_ridge(factors, centred)
+        residual = _residual(factors, weights, columns, mean, torch.float64, solve)
+        lost = torch.finfo(torch.float64).eps * _ratio(residual.solution_start, residual.solution_square)
+        if solve and bool((lost > STIFF_SOLVE_TOLERANCE).any()):
+            raise NotPSDError(
+                "a solve needs variances that are not too far below the deviations; here float64 leaves a relative "
+                f"error of about {lost.max().item():.0e} (expected at most {STIFF_SOLVE_TOLERANCE:.0e}). Raise the "
+                f"smallest variances, {factors.diag[factors.diag > 0].min().item():.1e} and up, with add_jitter()."
+            )
+    if capacitance.point_mass is not None:
+        off = columns != (0 if mean is None else mean.unsqueeze(-1))
+        quadratic = quadratic.masked_fill((off & capacitance.point_mass.unsqueeze(-1)).any(-2), math.inf)
+    return Ridge(quadratic, weights, residual.solution, capacitance)
+
+
+def _error(
+    residual: _Residual,
+    quadratic: Tensor,
+    capacitance: Capacitance,
+    factors: LowRankFactors,
+    dtype: torch.dtype,
+    solve: bool,
+) -> float:
+    """Return the estimated error of a pass in ``dtype`` as a multiple of its tolerance; NaN columns count as none."""
+    if quadratic.numel() == 0:
+        return 0.0
+    eps = 4 * torch.finfo(dtype).eps
+    spread = math.sqrt(max(1.0, capacitance.amplification))
+    ratio = eps * _ratio(residual.start, quadratic)
+    error = ((ratio * spread).square() + ratio / math.sqrt(factors.dim)) / QUADRATIC_TOLERANCE
+    if solve:
+        lost = eps * spread * _ratio(residual.solution_start, residual.solution_square)
+        error = torch.maximum(error, lost / SOLVE_TOLERANCE)
+    if dtype is torch.float64:  # a right-hand side that holds NaN or infinity gains nothing by another method
+        error = torch.where(residual.start.isfinite(), error, 0.0)
+    return torch.where(error.isfinite(), error, math.inf).max().item()
+
+
+def _ratio(large: Tensor, small: Tensor) -> Tensor:
+    """Return the root of ``large / small``, and zero where ``large`` is zero."""
+    return torch.where(large > 0, large / small, 0.0).sqrt()
+
+
+def _residual(
+    factors: LowRankFactors, weights: Tensor, columns: Tensor, mean: Tensor | None, dtype: torch.dtype, solve: bool
+) -> _Residual:
+    """Pass over the residual for given weights z, with products in ``dtype``."""
+    count = columns.shape[-1]
+    inner = factors.mix_forward(weights).to(dtype)
+    square, start, solution_square, solution_start = (factors.zeros(count) for _ in range(4))
+    solution = None
+    if solve:
+        shape = (*factors.batch_shape, factors.dim, count)
+        solution = torch.empty(shape, dtype=factors.diag.dtype, device=factors.diag.device)
+    for part in factors.chunks():
+        scale = inverse_std(factors.diag[..., part], dtype).unsqueeze(-1)
+        chunk = _centre(columns, mean, part, dtype)
+        scaled = (chunk * scale).double()
+        start += scaled.square().sum(-2)
+        chunk = lift_(chunk, factors.rows(part, dtype), inner, sign=-1.0).mul_(scale)
+        square += chunk.double().square().sum(-2)
+        if solution is not None:
+            solution[..., part, :] = chunk.mul_(scale)
+            solution_square += chunk.double().square().sum(-2)
+            solution_start += scaled.mul_(scale).square_().sum(-2)
+    return _Residual(square, start, solution, solution_square, solution_start)
+
+
+def _centre(columns: Tensor, mean: Tensor | None, part: slice, dtype: torch.dtype) -> Tensor:
+    """Return a fresh chunk of ``columns - mean``, subtracted in ``dtype``."""
+    chunk = columns[..., part, :]
+    if mean is None:
+        return chunk.to(dtype, copy=True)
+    return chunk.to(dtype) - mean[..., part, None].to(dtype)
