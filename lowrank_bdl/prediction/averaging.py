@@ -1,0 +1,172 @@
+"""Running averages of predictive distributions over weight samples."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.distributions import Bernoulli, Categorical, Distribution, Normal
+
+from lowrank_bdl.errors import NonFiniteError, ShapeError
+from lowrank_bdl.prediction.likelihoods import align_targets, base_distribution
+from lowrank_bdl.prediction.predictive import Predictive
+
+Parts: TypeAlias = "dict[str, Tensor | None]"  # the fields of Predictive for one batch
+
+
+def _expected_value(distribution: Distribution) -> Tensor:
+    base = base_distribution(distribution)
+    return torch.as_tensor(base.probs if isinstance(base, Categorical) else distribution.mean)
+
+
+def _entropy(distribution: Distribution) -> Tensor | None:
+    try:
+        return torch.as_tensor(distribution.entropy(), dtype=torch.float64)
+    except NotImplementedError:
+        return None
+
+
+def _minus_p_log_p(p: Tensor) -> Tensor:
+    return torch.special.entr(p.clamp(min=0.0))  # rounding may leave 1 - p at -1e-16
+
+
+class BatchAverage:
+    """Averages over the weight samples for one batch; sums are in float64.
+
+    Args:
+        number: The batch's number, for messages.
+        targets: Its targets, or None.
+        keep: Keep every sample's mean.
+    """
+
+    def __init__(self, number: int, targets: Tensor | None, keep: bool) -> None:
+        self._number = number
+        self._targets = targets
+        self._keep = keep
+        self._count = 0
+        self._unusable: list[Tensor] = []
+        self._log_likelihoods: list[Tensor] = []
+        self._means: list[Tensor] = []
+
+    def add(self, distribution: Distribution) -> None:
+        """Take in the predictive distribution of the next sample.
+
+        Args:
+            distribution: Of the batch's targets, one row an example.
+
+        Raises:
+            ShapeError: If the targets do not fit, or the shape is not the one of the samples before.
+        """
+        mean, entropy = _expected_value(distribution), _entropy(distribution)
+        if self._count == 0:
+            self._start(distribution, mean, entropy)
+        if mean.shape != self._mean.shape:
+            raise ShapeError(
+                f"Every sample's prediction must have shape {tuple(self._mean.shape)}; got {tuple(mean.shape)}."
+            )
+        self._count += 1
+        unusable = mean.isnan().any()
+        delta = mean - self._mean
+        self._mean += delta / self._count
+        if self._is_numeric:
+            variance = distribution.variance
+            if isinstance(base_distribution(distribution), Normal):
+                unusable = unusable | ~(variance > 0).all()
+            self._sum_sq += delta * (mean - self._mean)
+            self._variance += (variance - self._variance) / self._count
+        if self._expected_entropy is not None and entropy is not None:
+            self._expected_entropy += (entropy - self._expected_entropy) / self._count
+        if self._targets is not None:
+            self._log_likelihoods.append(distribution.log_prob(self._targets))
+        if self._keep:
+            self._means.append(mean)
+        self._unusable.append(unusable)
+
+    def _start(self, distribution: Distribution, mean: Tensor, entropy: Tensor | None) -> None:
+        base = base_distribution(distribution)
+        self._kind = type(base)
+        self._is_numeric = not isinstance(base, Categorical)
+        self._batch_ndim = len(distribution.batch_shape)
+        self._dtype = mean.dtype
+        self._mean = torch.zeros_like(mean, dtype=torch.float64)
+        if self._is_numeric:
+            self._sum_sq = torch.zeros_like(self._mean)
+            self._variance = torch.zeros_like(self._mean)
+        self._expected_entropy = None if entropy is None else torch.zeros_like(entropy)
+        if self._targets is not None:
+            self._targets = align_targets(distribution, self._targets)
+
+    def _mixture_entropy(self) -> Tensor | None:
+        if issubclass(self._kind, Categorical):
+            each = _minus_p_log_p(self._mean).sum(-1)
+        elif issubclass(self._kind, Bernoulli):
+            each = _minus_p_log_p(self._mean) + _minus_p_log_p(1 - self._mean)
+        elif issubclass(self._kind, Normal):
+            each = 0.5 * (2 * math.pi * math.e * (self._variance + self._sum_sq / self._count)).log()
+        else:
+            return None
+        return each.flatten(self._batch_ndim).sum(-1) if each.ndim > self._batch_ndim else each
+
+    def finish(self) -> Parts:
+        """Check the batch, once after its last sample so that a device is asked for one answer only, and average.
+
+        Returns:
+            The fields of :class:`~lowrank_bdl.prediction.predictive.Predictive` for this batch.
+
+        Raises:
+            NonFiniteError: If a mean is NaN or a Gaussian's variance is not > 0; names the first such sample.
+        """
+        unusable = torch.stack(self._unusable)
+        if bool(unusable.any()):
+            raise NonFiniteError(
+                "Predictions must not be NaN and variances must be > 0; "
+                f"got others from sample {int(unusable.int().argmax())} in batch {self._number}."
+            )
+        entropy, expected = self._mixture_entropy(), self._expected_entropy
+        sums: Parts = {
+            "mean": self._mean,
+            "epistemic_variance": self._sum_sq / self._count if self._is_numeric else None,
+            "aleatoric_variance": self._variance if self._is_numeric else None,
+            "entropy": entropy,
+            "expected_entropy": expected,
+            "mutual_information": None if entropy is None or expected is None else entropy - expected,
+        }
+        return {name: None if value is None else value.to(self._dtype) for name, value in sums.items()} | {
+            "sample_log_likelihood": torch.stack(self._log_likelihoods) if self._log_likelihoods else None,
+            "sample_means": torch.stack(self._means) if self._means else None,
+            "targets": self._targets,
+        }
+
+
+def join(parts: Sequence[Parts], num_samples: int) -> Predictive:
+    """Put batches together.
+
+    Args:
+        parts: One for each batch, at least one.
+        num_samples: S.
+
+    Returns:
+        The predictive of all examples, in the order of the batches.
+
+    Raises:
+        ShapeError: If batches disagree about the shape of a prediction, or some have targets and some have none.
+    """
+    joined: Parts = {}
+    for name in (field.name for field in fields(Predictive) if field.name != "num_samples"):
+        pieces = [part[name] for part in parts]
+        tensors = [piece for piece in pieces if piece is not None]
+        if 0 < len(tensors) < len(pieces):
+            raise ShapeError(
+                f"Either all batches must have {name} or none; got it from {len(tensors)} of {len(pieces)}."
+            )
+        axis = 1 if name.startswith("sample_") else 0
+        shapes = sorted({tuple(tensor.shape[:axis] + tensor.shape[axis + 1 :]) for tensor in tensors})
+        if len(shapes) > 1:
+            raise ShapeError(f"Every batch must give {name} of one shape an example; got {shapes}.")
+        joined[name] = torch.cat(tensors, axis) if tensors else None
+    mean = joined.pop("mean")
+    if mean is None:
+        raise ShapeError("At least one batch is needed; got none.")
+    return Predictive(mean=mean, num_samples=num_samples, **joined)

@@ -1,0 +1,164 @@
+"""Bayesian model averaging: predictions of one network under many weight vectors."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.parameters.batch_norm import recalibrate_batch_norm
+from lowrank_bdl.parameters.functional import CallFn, FunctionalModel, evaluation_mode, to_device
+from lowrank_bdl.parameters.layout import ParameterLayout
+from lowrank_bdl.prediction.averaging import BatchAverage, Parts, join
+from lowrank_bdl.prediction.draws import SamplesWeights, WeightDraws
+from lowrank_bdl.prediction.likelihoods import Likelihood, resolve_likelihood
+from lowrank_bdl.prediction.predictive import Predictive
+
+_TARGET_KEYS = ("labels", "label", "targets", "target")
+
+
+def targets_of(batch: Any) -> Tensor | None:
+    """Find the targets in a batch as data loaders give it.
+
+    Args:
+        batch: ``(x, y)``; a mapping with an entry ``labels``, ``label``, ``targets`` or ``target``; or anything else.
+
+    Returns:
+        The targets, or None if there are none to be found.
+
+    Example:
+        >>> targets_of({"input_ids": torch.zeros(1), "labels": torch.ones(1)})
+        tensor([1.])
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        found = batch[1]
+    elif isinstance(batch, Mapping):
+        found = next((batch[key] for key in _TARGET_KEYS if key in batch), None)
+    else:
+        found = None
+    return found if isinstance(found, Tensor) else None
+
+
+def _weights(
+    posterior: "SamplesWeights | Tensor",
+    num_samples: int,
+    layout: ParameterLayout,
+    generator: torch.Generator | None,
+    max_bytes: int | None,
+    device: torch.device | None,
+) -> Collection[Tensor]:
+    if isinstance(posterior, Tensor):
+        if posterior.ndim not in (1, 2) or posterior.shape[-1] != layout.numel or len(posterior) == 0:
+            raise ShapeError(
+                f"Given weights must have shape ({layout.numel},) or (S, {layout.numel}) with S >= 1; "
+                f"got {tuple(posterior.shape)}."
+            )
+        return posterior.unbind(0) if posterior.ndim == 2 else (posterior,)
+    mean = getattr(posterior, "mean", None)
+    draws = WeightDraws(
+        posterior,
+        num_samples,
+        generator,
+        max_bytes,
+        mean.device if isinstance(mean, Tensor) else generator.device if generator is not None else device,
+        device,
+    )
+    if draws.dim != layout.numel:
+        raise ShapeError(f"The posterior must draw vectors of length {layout.numel} as in the layout; got {draws.dim}.")
+    return draws
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    posterior: "SamplesWeights | Tensor",
+    loader: Iterable[Any],
+    num_samples: int = 30,
+    *,
+    bn_loader: Iterable[Any] | None = None,
+    likelihood: "str | Likelihood" = "categorical",
+    noise_variance: "float | Tensor | None" = None,
+    call_fn: CallFn | None = None,
+    target_fn: Callable[[Any], Tensor | None] = targets_of,
+    layout: ParameterLayout | None = None,
+    generator: torch.Generator | None = None,
+    max_bytes: int | None = None,
+    keep_samples: bool = False,
+    progress: bool = True,
+) -> Predictive:
+    r"""Average a network's predictions over a posterior, :math:`p(y \mid x) = \frac1S \sum_s p(y \mid x, \theta_s)`.
+
+    The same S weight samples serve every batch, and the loader is read once, so a shuffling loader is as good as any.
+    The network runs in evaluation mode; its weights, buffers and modes stay as they are.
+
+    A batch-normalised network needs statistics for each sample: give the training data as ``bn_loader``, which is
+    read once for all samples (see :func:`~lowrank_bdl.parameters.batch_norm.recalibrate_batch_norm`). Without it the
+    model's stored statistics are used, whatever the weights.
+
+    Each draw comes from a generator of its own, seeded from ``generator``. Draws that do not fit into ``max_bytes`` are
+    made anew for every batch, with the same result to the last bit.
+
+    Args:
+        model: The network.
+        posterior: What draws weights: anything with ``sample(n, generator=)`` and ``layout``. Or given weights,
+            ``(D,)`` or ``(S, D)``, to average over (a deep ensemble, or the mean alone): ``num_samples`` is not used.
+        loader: Batches ``(x, y)`` or ``x``, or whatever ``call_fn`` takes; tensors are moved to the model's device.
+        num_samples: S, the number of draws.
+        bn_loader: Batches for the batch-norm statistics, preferably the training data without augmentation.
+        likelihood: ``"categorical"`` (outputs are logits ``(N, C)``), ``"gaussian"`` (see
+            :class:`~lowrank_bdl.prediction.likelihoods.GaussianLikelihood`), or a callable from the output to a
+            ``torch.distributions`` object with one row an example.
+        noise_variance: For ``"gaussian"``: the known noise variance [unit of y, squared]; None: the network gives it.
+        call_fn: ``call_fn(model, batch)`` gives the output; None calls ``model(x)``.
+        target_fn: Takes the targets out of a batch, or gives None; the default knows ``(x, y)`` and mappings with an
+            entry ``labels``, ``label``, ``targets`` or ``target``.
+        layout: What the weight vectors hold; None takes the posterior's, or every trainable parameter.
+        generator: Source of the seeds; None takes torch's global generator.
+        max_bytes: Most memory for draws [bytes]; None allows a quarter of what is free. One draw is always held.
+        keep_samples: Also return every sample's probabilities or means, S times the size of the mean.
+        progress: Show progress bars.
+
+    Returns:
+        A :class:`~lowrank_bdl.prediction.predictive.Predictive`, on the model's device.
+
+    Raises:
+        ShapeError: If the loader is empty, or model, layout, posterior, outputs and targets do not fit together.
+        NonFiniteError: If a sample's output is NaN, or a predicted variance is not > 0.
+        ValueError: If the likelihood is unknown.
+
+    Cost: S forward passes over the loader, S over ``bn_loader``; memory of one forward pass, the kept draws and
+    O(N (C + S)).
+
+    Source: Maddox et al., "A Simple Baseline for Bayesian Uncertainty in Deep Learning" (2019), algorithm 1; mutual
+    information as in Houlsby et al., "Bayesian Active Learning for Classification and Preference Learning" (2011).
+
+    Example:
+        >>> net = nn.Linear(1, 2, bias=False)
+        >>> thetas = torch.tensor([[0.0, 0.0], [0.0, 3.0]]).log1p()
+        >>> predict(net, thetas, [(torch.ones(1, 1), torch.tensor([1]))], progress=False).mean
+        tensor([[0.3500, 0.6500]])
+    """
+    rule = resolve_likelihood(likelihood, noise_variance)
+    if layout is None and not isinstance(posterior, Tensor):
+        layout = posterior.layout
+    network = FunctionalModel(model, layout, call_fn)
+    device = network.stateless.device
+    weights = _weights(posterior, num_samples, network.layout, generator, max_bytes, device)
+    buffers: dict[str, Tensor] = {}
+    if bn_loader is not None:
+        buffers = recalibrate_batch_norm(
+            model, weights, bn_loader, layout=network.layout, call_fn=call_fn, progress=progress
+        )
+    parts: list[Parts] = []
+    with evaluation_mode(model):
+        for batch in tqdm(loader, desc="predict", unit="batch", disable=not progress):
+            batch = to_device(batch, device) if device is not None else batch
+            average = BatchAverage(len(parts), target_fn(batch), keep_samples)
+            for s, theta in enumerate(weights):
+                average.add(rule(network(theta, batch, {name: value[s] for name, value in buffers.items()})))
+            parts.append(average.finish())
+    if not parts:
+        raise ShapeError("The loader must give at least one batch; got none (an exhausted iterator?).")
+    return join(parts, len(weights))

@@ -1,0 +1,87 @@
+"""What a model average predicts, and how sure of it the samples are."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank_bdl.errors import LowRankBDLError
+
+
+@dataclass(frozen=True)
+class Predictive:
+    r"""Predictions averaged over S weight samples, :math:`p(y \mid x) = \frac1S \sum_s p(y \mid x, \theta_s)`.
+
+    Entropies are in nats. Fields that the likelihood or the data do not define are None.
+
+    Attributes:
+        mean: Mean of p(y | x): class probabilities ``(N, C)`` (``(N, *positions, C)`` for dense prediction), or the
+            mean of the targets ``(N, k)`` [unit of y].
+        epistemic_variance: Variance over samples of their means, ``(N, k)`` [unit of y, squared]; None for classes.
+        aleatoric_variance: Mean over samples of their variances, ``(N, k)`` [unit of y, squared]; None for classes.
+        entropy: Entropy of p(y | x), ``(N,)``. For Gaussians that of the Gaussian with the mixture's mean and
+            variances, which is an upper bound: the mixture's own has no closed form.
+        expected_entropy: Mean over samples of the entropy of p(y | x, θ_s), ``(N,)``.
+        mutual_information: Between y and θ, entropy − expected entropy, ``(N,)``; for Gaussians an upper bound.
+        sample_log_likelihood: log p(y_n | x_n, θ_s), ``(S, N)``; None without labels.
+        targets: The labels ``(N,)`` or ``(N, k)``; None without labels.
+        sample_means: Class probabilities, or means, of every sample, ``(S, N, C)``; None unless asked for.
+        num_samples: S.
+    """
+
+    mean: Tensor
+    epistemic_variance: Tensor | None
+    aleatoric_variance: Tensor | None
+    entropy: Tensor | None
+    expected_entropy: Tensor | None
+    mutual_information: Tensor | None
+    sample_log_likelihood: Tensor | None
+    targets: Tensor | None
+    sample_means: Tensor | None
+    num_samples: int
+
+    def _labelled(self) -> tuple[Tensor, Tensor]:
+        if self.targets is None or self.sample_log_likelihood is None:
+            raise LowRankBDLError("This needs targets; the loader gave none.")
+        return self.targets, self.sample_log_likelihood
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of p(y | x), exact for the mixture: aleatoric plus epistemic, ``(N, k)`` [unit of y, squared]."""
+        if self.epistemic_variance is None or self.aleatoric_variance is None:
+            raise LowRankBDLError("The variance is of numeric targets; these are classes: see entropy.")
+        return self.aleatoric_variance + self.epistemic_variance
+
+    @property
+    def log_likelihood(self) -> Tensor:
+        """Log of the mean likelihood, log p(y_n | x_n) of the mixture itself, ``(N,)`` [nats]; no mean of logs."""
+        _, per_sample = self._labelled()
+        mixture: Tensor = per_sample.double().logsumexp(0) - math.log(self.num_samples)
+        return mixture.to(per_sample.dtype)
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood of the mixture per example [nats]."""
+        return -self.log_likelihood.double().mean().item()
+
+    @property
+    def nll_by_num_samples(self) -> Tensor:
+        """The nll of the first 1, 2, ..., S samples, ``(S,)`` float64 [nats]."""
+        _, per_sample = self._labelled()
+        sizes = torch.arange(1, self.num_samples + 1, dtype=torch.float64, device=per_sample.device)
+        mixtures = per_sample.double().flatten(1).logcumsumexp(0) - sizes.log().unsqueeze(-1)
+        return -mixtures.mean(1)
+
+    @property
+    def predicted_class(self) -> Tensor:
+        """Most probable class, ``(N,)``."""
+        if self.epistemic_variance is not None:
+            raise LowRankBDLError("Classes are predicted by a categorical likelihood only; this one is numeric.")
+        return self.mean.argmax(-1)
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of examples whose most probable class is the target."""
+        targets, _ = self._labelled()
+        return (self.predicted_class == targets).double().mean().item()
