@@ -1,0 +1,1 @@
+"""Distributions over network weights: collected, loaded, saved, and used through one covariance."""

@@ -1,0 +1,125 @@
+"""Tensors and JSON metadata in one safetensors file, written atomically and read without unpickling."""
+
+import json
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowrank_bdl.errors import CheckpointError
+
+FORMAT = "lowrank_bdl"
+VERSION = 1
+"""Raised whenever an older reader would misread a file; readers refuse files newer than themselves."""
+
+
+def write_tensors(
+    path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> None:
+    """Write a file that is complete or not there: to a temporary name, synced to disk, then renamed.
+
+    Args:
+        path: The file; an existing one is replaced.
+        kind: What the tensors make up; checked on reading.
+        tensors: By name; those that are contiguous are written from where they lie.
+        metadata: JSON-able values by name.
+
+    Raises:
+        TypeError: If the metadata are not JSON (a NaN included, which JSON lacks).
+        OSError: If the file cannot be written; the old one is left as it was.
+    """
+    target = Path(path)
+    header = {"format": FORMAT, "version": str(VERSION), "kind": kind}
+    try:
+        header["metadata"] = json.dumps(dict(metadata), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metadata must be plain JSON values; {error}.") from error
+    partial = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        with open(partial, "xb"):  # an unwritable directory fails here with a plain OSError
+            pass
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=header)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {target}: {error}") from error
+        with open(partial, "rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(partial, target)
+        _sync_directory(target.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_tensors(
+    path: str | os.PathLike[str],
+    kind: str,
+    required: Sequence[str],
+    device: torch.device | str | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`write_tensors` wrote.
+
+    Args:
+        path: The file.
+        kind: What it must hold.
+        required: Tensors that must be there.
+        device: Where they go; the CPU if None.
+
+    Returns:
+        Tensors by name, and the metadata.
+
+    Raises:
+        CheckpointError: If the file is truncated, foreign, of another kind or a newer version, or lacks a tensor.
+        FileNotFoundError: If there is no such file.
+    """
+    name = os.fspath(path)
+    if not os.path.isfile(name):
+        raise FileNotFoundError(f"no such file: {name}")
+    try:
+        with safe_open(name, framework="pt", device="cpu" if device is None else str(device)) as stream:
+            header = stream.metadata() or {}
+            metadata = _check_header(name, header, kind)
+            missing = [key for key in required if key not in stream.keys()]
+            if missing:
+                raise CheckpointError(f"{name} lacks {', '.join(missing)}.")
+            return {key: stream.get_tensor(key) for key in stream.keys()}, metadata
+    except SafetensorError as error:
+        raise CheckpointError(f"{name} is truncated or no safetensors file: {error}") from error
+
+
+def _check_header(name: str, header: Mapping[str, str], kind: str) -> dict[str, Any]:
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{name} is no file of {FORMAT}; its format is {header.get('format')!r}.")
+    try:
+        version = int(header["version"])
+        metadata = json.loads(header["metadata"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{name} has a damaged header: {error}.") from error
+    if version > VERSION:
+        raise CheckpointError(
+            f"{name} has format version {version}; this library reads up to {VERSION}. Update lowrank_bdl to read it."
+        )
+    if header.get("kind") != kind:
+        raise CheckpointError(f"{name} holds a {header.get('kind')!r}; expected a {kind!r}.")
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{name} has a damaged header: metadata must be an object.")
+    return metadata
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make the rename itself survive a power failure, where the system can."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError:  # systems without directory descriptors
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
