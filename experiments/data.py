@@ -2,7 +2,7 @@
 
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,11 @@ class Split:
     def shuffled(self, batch_size: int, generator: torch.Generator) -> "Batches":
         """Iterate in an order drawn once from `generator`."""
         return Batches(self, batch_size, torch.randperm(len(self), generator=generator))
+
+    @classmethod
+    def concatenate(cls, splits: "Iterable[Split]") -> "Split":
+        parts = list(splits)
+        return cls(torch.cat([part.inputs for part in parts]), torch.cat([part.targets for part in parts]))
 
     def first(self, n: int) -> "Split":
         return Split(self.inputs[:n], self.targets[:n])

@@ -14,38 +14,49 @@ from experiments.data import ImageData, Split
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predictions of one method on the validation, test and shifted images."""
+    """What one method predicts.
+
+    Attributes:
+        metrics: For "validation", "test" and "shifted" (the test images turned by 90 degrees): accuracy, nll [nats],
+            ece, brier; for "test" also shift_auroc, how well predictive entropy tells shifted from test images.
+        probabilities: Of the test images, (N, C).
+        targets: Of the test images, (N,).
+        sample_log_likelihood: log p(y | x, weights) of the test images, (S, N) [nats].
+    """
 
     metrics: dict[str, dict[str, float]]
-    test: Any  # lb.Predictive
+    probabilities: Tensor
+    targets: Tensor
+    sample_log_likelihood: Tensor
 
 
 def evaluate_method(model: nn.Module, weights: Any, data: ImageData, *, num_samples: int, seed: int) -> Evaluation:
     """Predict with a posterior or with one weight vector (D,), batch norm recalibrated for each set of weights."""
-
-    def predict(split: Split) -> Any:
-        return lb.predict(
-            model,
-            weights,
-            split.batches(500),
-            num_samples=num_samples,
-            bn_loader=data.train.batches(500),
-            generator=torch.Generator(data.train.inputs.device).manual_seed(seed),
-        )
-
     splits = {"validation": data.validation, "test": data.test, "shifted": data.test.rotated()}
-    predictions = {split: predict(images) for split, images in splits.items()}
+    prediction = lb.predict(
+        model,
+        weights,
+        # one pass over all images, so that the same weight samples see them and batch norm is recalibrated once
+        Split.concatenate(splits.values()).batches(500),
+        num_samples=num_samples,
+        bn_loader=data.train.batches(500),
+        generator=torch.Generator().manual_seed(seed),
+    )
+    sizes = [len(split) for split in splits.values()]
+    probabilities = dict(zip(splits, prediction.mean.split(sizes), strict=True))
+    entropy = dict(zip(splits, prediction.entropy.split(sizes), strict=True))
+    log_likelihood = dict(zip(splits, prediction.log_likelihood.split(sizes), strict=True))
     metrics = {}
-    for split, prediction in predictions.items():
-        probabilities, targets = prediction.mean, prediction.targets
-        metrics[split] = {
-            "accuracy": lb.metrics.accuracy(probabilities, targets),
-            "nll": lb.metrics.nll(probabilities, targets),
-            "ece": lb.metrics.ece(probabilities, targets),
-            "brier": lb.metrics.brier(probabilities, targets),
+    for name, split in splits.items():
+        metrics[name] = {
+            "accuracy": lb.metrics.accuracy(probabilities[name], split.targets),
+            "nll": -log_likelihood[name].double().mean().item(),
+            "ece": lb.metrics.ece(probabilities[name], split.targets),
+            "brier": lb.metrics.brier(probabilities[name], split.targets),
         }
-    metrics["test"]["shift_auroc"] = lb.metrics.auroc(predictions["test"].entropy, predictions["shifted"].entropy)
-    return Evaluation(metrics, predictions["test"])
+    metrics["test"]["shift_auroc"] = lb.metrics.auroc(entropy["test"], entropy["shifted"])
+    of_samples = dict(zip(splits, prediction.sample_log_likelihood.split(sizes, dim=1), strict=True))
+    return Evaluation(metrics, probabilities["test"], data.test.targets, of_samples["test"])
 
 
 def describe_posterior(posterior: Any, *, num_samples: int, seed: int) -> dict[str, Any]:
@@ -59,7 +70,7 @@ def describe_posterior(posterior: Any, *, num_samples: int, seed: int) -> dict[s
     (entropy, log_density), peak = peak_memory(use, device)
     return {
         "parameters": posterior.mean.numel(),
-        "rank": posterior.covariance.root.shape[-1],
+        "rank": posterior.covariance.rank,
         "entropy_nats": entropy,
         "log_density_at_mean_nats": posterior.log_prob(posterior.mean).item(),
         "log_density_of_draws_nats": log_density.mean().item(),
@@ -97,7 +108,7 @@ def rays(posterior: Any, seed: int, num_components: int = 3) -> tuple[Tensor, li
     The leading principal components of the low-rank part, and a random direction to compare with.
     """
     covariance, mean = posterior.covariance, posterior.mean
-    rank = min(num_components, covariance.root.shape[-1])
+    rank = min(num_components, covariance.rank)
     _, directions = covariance.principal_components(rank, of="low_rank")
     random = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed)).to(mean)
     units = torch.cat([directions.mT, (random / random.norm()).unsqueeze(0)])
@@ -118,6 +129,6 @@ def losses_along_rays(
             thetas = posterior.mean + stddev * along.unsqueeze(-1) * unit
             bn_loader = data.train.first(limit).batches(500)
             prediction = lb.predict(model, thetas, images.batches(500), bn_loader=bn_loader, progress=False)
-            losses.append(-prediction.log_likelihood.mean(-1).cpu().numpy())
+            losses.append(-prediction.sample_log_likelihood.mean(-1).cpu().numpy())
         found[split] = np.stack(losses)
     return found

@@ -189,19 +189,20 @@ def draw_figures(
 ) -> None:
     """Write the five figures."""
     ece = {name: evaluations[name].metrics["test"]["ece"] for name in METHODS}
-    curves = {
-        name: lb.metrics.reliability_curve(evaluations[name].test.mean, evaluations[name].test.targets)
-        for name in METHODS
-    }
+    curves = {}
+    for name, evaluation in evaluations.items():
+        curve = lb.metrics.reliability_curve(evaluation.probabilities, evaluation.targets, num_bins=20, binning="mass")
+        filled = curve.count > 0
+        curves[name] = (curve.confidence[filled].cpu().numpy(), curve.accuracy[filled].cpu().numpy())
     plots.training_curves(run.path / "training.png", run.read_log(), settings.swa_start)
     plots.reliability_diagram(run.path / "reliability.png", curves, ece)
     plots.nll_against_samples(
         run.path / "nll_against_samples.png",
-        {name: average_curve(evaluations[name].test.log_likelihood, settings.seed) for name in ("SWAG-Diag", "SWAG")},
+        {name: average_curve(evaluations[name].sample_log_likelihood, settings.seed) for name in ("SWAG-Diag", "SWAG")},
         {name: evaluations[name].metrics["test"]["nll"] for name in ("SGD", "SWA")},
     )
     covariance = posterior.covariance
-    rank = covariance.root.shape[-1]
+    rank = covariance.rank
     plots.covariance_spectrum(
         run.path / "covariance_spectrum.png",
         covariance.principal_components(max(rank, 1), of="full")[0].cpu().numpy(),

@@ -4,6 +4,7 @@ Everything random in an epoch (order of the data, augmentation) is a function of
 and resumed does the same arithmetic as one that was not.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -118,7 +119,15 @@ def train(
     )
     done = _restore(run, phase, model, optimizer, collector, data.inputs.device)
     run.keep_log(lambda record: record["phase"] != phase.name or record["epoch"] <= done)
-    progress = tqdm(range(done, phase.epochs), initial=done, total=phase.epochs, desc=phase.name, unit="epoch")
+    interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file needs a line now and then, not a moving bar
+    progress = tqdm(
+        range(done, phase.epochs),
+        initial=done,
+        total=phase.epochs,
+        desc=phase.name,
+        unit="epoch",
+        mininterval=interval,
+    )
     for epoch in progress:
         lr = phase.learning_rate(epoch)
         for group in optimizer.param_groups:
