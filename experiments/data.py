@@ -131,14 +131,14 @@ def _shuffle(images: Tensor, targets: Tensor) -> _Arrays:
 
 
 def _digits() -> tuple[_Arrays, _Arrays, _Arrays]:
-    """1,797 images of 8x8 pixels: 500 for training, 297 for validation, 1,000 for testing."""
+    """1,797 images of 8x8 pixels: 200 for training, 597 for validation, 1,000 for testing."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
         raise SettingsError('--dataset digits needs scikit-learn: pip install -e ".[experiments]"') from None
     raw = load_digits()
     images, targets = _shuffle(torch.from_numpy(raw.images).unsqueeze(1), torch.from_numpy(raw.target))
-    return (images[:500], targets[:500]), (images[500:797], targets[500:797]), (images[797:], targets[797:])
+    return (images[:200], targets[:200]), (images[200:797], targets[200:797]), (images[797:], targets[797:])
 
 
 def _read_idx(folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:

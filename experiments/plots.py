@@ -62,32 +62,27 @@ def reliability_diagram(
     """
     with plt.rc_context(STYLE):
         figure, axes = _axes()
-        smallest = 1.0
+        smallest, largest = 1.0, 1e-6
         for method, (confidence, accuracy) in curves.items():
             doubt = np.maximum(1 - np.asarray(confidence, dtype=float), 1e-6)
             gap = np.asarray(confidence, dtype=float) - np.asarray(accuracy, dtype=float)
-            smallest = min(smallest, float(doubt.min()))
+            smallest, largest = min(smallest, float(doubt.min())), max(largest, float(doubt.max()))
             label = f"{method} (ECE {100 * ece[method]:.2f} %)"
             axes.plot(doubt, gap, color=COLORS[method], marker=MARKERS[method], label=label)
         axes.axhline(0, color="#555555", linestyle="--", linewidth=1.2)
         axes.set_xscale("log")
-        axes.set_xlim(1.0, smallest / 1.6)
-        _confidence_ticks(axes, smallest)
-        low, high = axes.get_ylim()
-        axes.text(0.01, 0.98, "overconfident", transform=axes.transAxes, va="top", color="#777777", fontsize=10)
-        axes.text(0.01, 0.02, "underconfident", transform=axes.transAxes, va="bottom", color="#777777", fontsize=10)
-        axes.set_ylim(min(low, -0.02), max(high, 0.02))
+        axes.set_xlim(largest * 1.6, smallest / 1.6)
+        _confidence_ticks(axes, largest * 1.6, smallest / 1.6)
         axes.set_xlabel("confidence (bins of equal mass)")
-        axes.set_ylabel("confidence − accuracy")
+        axes.set_ylabel("confidence − accuracy\n← underconfident     overconfident →")
         axes.set_title("Reliability on the test images")
         axes.legend(loc="best")
         _save(figure, path)
 
 
-def _confidence_ticks(axes: Axes, smallest: float) -> None:
-    doubts = [10.0**-k for k in range(1, 7) if 10.0**-k > smallest / 1.6]
-    ticks = [1 - 0.2, *[1 - doubt for doubt in doubts]]
-    axes.set_xticks([1 - tick for tick in ticks], [f"{tick:.6f}".rstrip("0") for tick in ticks])
+def _confidence_ticks(axes: Axes, largest: float, smallest: float) -> None:
+    doubts = [doubt for doubt in (0.5, 0.2, *(10.0**-k for k in range(1, 7))) if smallest < doubt < largest]
+    axes.set_xticks(doubts, [f"{1 - doubt:.6f}".rstrip("0") for doubt in doubts])
     axes.minorticks_off()
 
 
@@ -173,9 +168,11 @@ def loss_along_directions(
                 axes.plot(steps, loss, color=color, marker="o", markersize=3, label=f"{name} (std {stddev:.2g})")
             axes.axvline(0, color="#555555", linestyle="--", linewidth=1.2)
             axes.set_title(title)
+            axes.set_yscale("log")
             axes.set_xlabel("distance from SWA [posterior std along the ray]")
         panels[0].set_ylabel("NLL [nats per image]")
-        panels[0].legend(loc="best", fontsize=10)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=10)
         _save(figure, path)
 
 

@@ -19,11 +19,11 @@ def write_idx(path: Path, array: np.ndarray, magic: int = 8) -> None:
 
 
 def test_digits_are_split_without_overlap_and_normalised() -> None:
-    data = load("digits", train_size=500)
-    assert [len(split) for split in (data.train, data.validation, data.test)] == [500, 297, 1000]
+    data = load("digits")
+    assert [len(split) for split in (data.train, data.validation, data.test)] == [200, 597, 1000]
     images = torch.cat([split.inputs.flatten(1) for split in (data.train, data.validation, data.test)])
     assert len(images.unique(dim=0)) == 1797  # scikit-learn's images are all different, so no image is in two splits
-    assert data.train.inputs.shape == (500, 1, 8, 8) and data.train.inputs.dtype == torch.float32
+    assert data.train.inputs.shape == (200, 1, 8, 8) and data.train.inputs.dtype == torch.float32
     assert abs(data.train.inputs.mean().item()) < 1e-5 and abs(data.train.inputs.std().item() - 1) < 1e-5
     assert data.train.targets.unique().tolist() == list(range(10))
 
@@ -32,8 +32,8 @@ def test_a_smaller_training_set_leaves_the_other_splits_alone() -> None:
     small, whole = load("digits", train_size=100), load("digits")
     assert len(small.train) == 100 and torch.equal(small.train.targets, whole.train.targets[:100])
     assert torch.equal(small.test.targets, whole.test.targets)
-    with pytest.raises(SettingsError, match="--train_size must be 1 to 500 for digits; got 501"):
-        load("digits", train_size=501)
+    with pytest.raises(SettingsError, match="--train_size must be 1 to 200 for digits; got 201"):
+        load("digits", train_size=201)
 
 
 def test_batches_visit_every_image_once() -> None:

@@ -71,7 +71,7 @@ def test_results_are_complete_and_possible(finished: Path) -> None:
 def test_the_table_shows_every_method(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert quickstart.main(["--dir", str(tmp_path / "run"), *TINY]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "digits: 60 training, 297 validation, 1,000 test images"
+    assert lines[0] == "digits: 60 training, 597 validation, 1,000 test images"
     assert lines[2].split() == ["method", "accuracy", "%", "NLL", "ECE", "%", "Brier", "shift", "AUROC"]
     assert [line.split()[0] for line in lines[4:8]] == METHODS
     test = results(tmp_path / "run")["methods"]["SWAG"]["test"]
@@ -116,7 +116,7 @@ def test_rank_0_runs(tmp_path: Path) -> None:
         (["--lr_init", "nan"], "--lr_init must be positive; got nan"),
         (["--num_samples", "0"], "--num_samples must be at least 1; got 0"),
         (["--rank", "2.5"], "argument --rank: invalid int value: '2.5'"),
-        (["--train_size", "9999"], "--train_size must be 1 to 500 for digits; got 9999"),
+        (["--train_size", "9999"], "--train_size must be 1 to 200 for digits; got 9999"),
         (["--device", "tpu9"], "--device tpu9: "),
         (["--resume"], "--resume: there is no run in runs"),
     ],
