@@ -18,12 +18,17 @@ Parts: TypeAlias = "dict[str, Tensor | None]"  # the fields of Predictive for on
 
 def _expected_value(distribution: Distribution) -> Tensor:
     base = base_distribution(distribution)
-    return torch.as_tensor(base.probs if isinstance(base, Categorical) else distribution.mean)
+    if isinstance(base, Categorical):  # its own mean is NaN
+        probs: Tensor = base.probs
+        return probs
+    mean: Tensor = distribution.mean
+    return mean
 
 
 def _entropy(distribution: Distribution) -> Tensor | None:
     try:
-        return torch.as_tensor(distribution.entropy(), dtype=torch.float64)
+        entropy: Tensor = distribution.entropy().double()
+        return entropy
     except NotImplementedError:
         return None
 

@@ -3,6 +3,7 @@
 Sums are in float64. Every metric of probabilities takes ``(..., C)`` with the classes last and targets ``(...)``.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -134,8 +135,8 @@ def reliability_curve(probs: Tensor, targets: Tensor, num_bins: int = 15, binnin
         probs: Class probabilities, shape ``(..., C)``.
         targets: Class indices, shape ``(...)``.
         num_bins: Number of bins, >= 1.
-        binning: ``"width"``: bin b covers [b/B, (b+1)/B), the last one includes 1. ``"mass"``: bins of N/B examples each
-            in order of confidence; equal confidences are never parted, so that the order of the examples cannot matter,
+        binning: ``"width"``: bin b covers [b/B, (b+1)/B), the last one includes 1. ``"mass"``: bins of N/B examples in
+            order of confidence; equal confidences are never parted, so that the order of the examples cannot matter,
             and bins are unequal, or empty, where there are many.
 
     Returns:
@@ -149,9 +150,9 @@ def reliability_curve(probs: Tensor, targets: Tensor, num_bins: int = 15, binnin
     Cost: O(N C + N log N).
 
     Example:
-        >>> curve = reliability_curve(torch.tensor([[0.9, 0.1], [0.0, 1.0]]), torch.tensor([0, 0]), num_bins=10)
+        >>> curve = reliability_curve(torch.tensor([[0.96, 0.04], [0.0, 1.0]]), torch.tensor([0, 0]), num_bins=10)
         >>> curve.count.tolist()[-1], curve.accuracy[-1].item(), round(curve.ece, 4)
-        (2, 0.5, 0.45)
+        (2, 0.5, 0.48)
     """
     p, classes = _checked(probs, targets)
     if num_bins < 1:
@@ -268,6 +269,6 @@ def false_positive_rate(negatives: Tensor, positives: Tensor, true_positive_rate
     low, high = _checked_scores(negatives, positives)
     if not 0 < true_positive_rate <= 1:
         raise ValueError(f"true_positive_rate must be in (0, 1]; got {true_positive_rate}.")
-    rank = -int(-true_positive_rate * len(high) // 1)  # ceil: at least that many are caught
+    rank = math.ceil(true_positive_rate * len(high) * (1 - 1e-12))  # 0.07 * 100 is a little more than 7
     threshold = high.sort(descending=True).values[rank - 1]
     return (low >= threshold).double().mean().item()
