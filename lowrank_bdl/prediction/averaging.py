@@ -34,7 +34,8 @@ def _entropy(distribution: Distribution) -> Tensor | None:
 
 
 def _minus_p_log_p(p: Tensor) -> Tensor:
-    return torch.special.entr(p.clamp(min=0.0))  # rounding may leave 1 - p at -1e-16
+    each: Tensor = torch.special.entr(p.clamp(min=0.0))  # rounding may leave 1 - p at -1e-16
+    return each
 
 
 class BatchAverage:

@@ -1,0 +1,398 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Bernoulli, Categorical, Independent, Poisson, StudentT
+
+from lowrank_bdl.errors import LowRankBDLError, NonFiniteError, ShapeError
+from lowrank_bdl.parameters.batch_norm import recalibrate_batch_norm_
+from lowrank_bdl.parameters.layout import ParameterLayout
+from lowrank_bdl.prediction.draws import WeightDraws
+from lowrank_bdl.prediction.predict import predict, targets_of
+
+
+class Posterior:
+    """θ = mean + 0.3 z; counts its calls."""
+
+    def __init__(self, layout, model):
+        self.layout, self.mean, self.calls = layout, layout.flatten(model), 0
+
+    def sample(self, n, *, generator=None):
+        self.calls += 1
+        noise = torch.randn(n, len(self.mean), generator=generator, dtype=self.mean.dtype)
+        return self.mean + 0.3 * noise
+
+
+class ConvNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.dropout = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Dropout(0.5)
+        self.head = nn.Linear(3, 4)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        self.calls += 1  # a network that writes into its own buffer
+        return self.head(self.dropout(self.norm(self.conv(x)).relu()).mean((2, 3)))
+
+
+def conv_problem(dtype=torch.float64, sizes=(6, 6, 3), seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = ConvNet().to(dtype)
+        loader = [(torch.randn(n, 1, 5, 5, dtype=dtype), torch.randint(4, (n,))) for n in sizes]
+    return model, Posterior(ParameterLayout.from_module(model), model), loader
+
+
+def run(model, posterior, loader, num_samples=5, seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    return predict(model, posterior, loader, num_samples, **{"generator": generator, "progress": False, **options})
+
+
+def thetas_of(posterior, num_samples=5, seed=0):
+    """The very draws predict uses, through its public parts."""
+    return torch.stack(list(WeightDraws(posterior, num_samples, torch.Generator().manual_seed(seed))))
+
+
+def assert_close64(actual, expected, rtol=1e-12):
+    torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("recalibrated", [False, True])
+def test_classification_by_hand(recalibrated):
+    model, posterior, loader = conv_problem()
+    bn_loader = [x for x, _ in conv_problem(sizes=(8, 8, 5), seed=1)[2]]
+    found = run(model, posterior, loader, bn_loader=bn_loader if recalibrated else None, keep_samples=True)
+    probs = []
+    for theta in thetas_of(posterior):
+        other = copy.deepcopy(model)
+        posterior.layout.assign_(other, theta)
+        if recalibrated:
+            recalibrate_batch_norm_(other, bn_loader)
+        other.eval()
+        probs.append(torch.cat([other(x).softmax(1) for x, _ in loader]).detach())
+    probs, y = torch.stack(probs), torch.cat([y for _, y in loader])
+    assert probs.std(0).max() > 0.01  # the samples differ
+    per_sample = probs[:, torch.arange(15), y].log()
+    mean = probs.mean(0)
+    entropy, expected_entropy = -(mean * mean.log()).sum(1), -(probs * probs.log()).sum(2).mean(0)
+    assert_close64(found.mean, mean)
+    assert_close64(found.sample_means, probs)
+    assert_close64(found.sample_log_likelihood, per_sample)
+    assert_close64(found.entropy, entropy)
+    assert_close64(found.expected_entropy, expected_entropy)
+    assert_close64(found.mutual_information, entropy - expected_entropy)
+    assert_close64(found.log_likelihood, mean[torch.arange(15), y].log())
+    assert torch.equal(found.targets, y)
+    assert found.num_samples == 5
+    assert found.nll == pytest.approx(-mean[torch.arange(15), y].log().mean().item(), rel=1e-12)
+    assert found.accuracy == (mean.argmax(1) == y).double().mean().item()
+    for n in range(1, 6):
+        expected = -probs[:n].mean(0)[torch.arange(15), y].log().mean().item()
+        assert found.nll_by_num_samples[n - 1].item() == pytest.approx(expected, rel=1e-12)
+    assert (found.mutual_information > 0).all()
+
+
+def test_batch_norm_loader_changes_the_prediction_and_is_read_once():
+    class Counted(list):
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return super().__iter__()
+
+    model, posterior, loader = conv_problem()
+    bn_loader = Counted(loader)
+    with_statistics = run(model, posterior, loader, bn_loader=bn_loader, max_bytes=0)
+    assert bn_loader.passes == 1
+    assert not torch.allclose(with_statistics.mean, run(model, posterior, loader).mean)
+
+
+@pytest.mark.parametrize("with_bn", [False, True])
+def test_draws_that_do_not_fit_are_regenerated_with_the_same_result(with_bn):
+    model, posterior, loader = conv_problem()
+    bn_loader = loader if with_bn else None
+    held = run(model, posterior, loader, bn_loader=bn_loader)
+    calls = posterior.calls
+    assert calls == 5
+    again = run(model, posterior, loader, bn_loader=bn_loader, max_bytes=2 * posterior.mean.nbytes)
+    assert posterior.calls - calls == 2 + 3 * (6 if with_bn else 3)  # three are drawn again for every batch
+    for name in ("mean", "entropy", "mutual_information", "sample_log_likelihood"):
+        assert torch.equal(getattr(held, name), getattr(again, name))
+
+
+def test_the_same_samples_serve_every_batch():
+    model, posterior, loader = conv_problem()
+    whole = [(torch.cat([x for x, _ in loader]), torch.cat([y for _, y in loader]))]
+    assert_close64(run(model, posterior, loader).mean, run(model, posterior, whole).mean, rtol=1e-13)
+
+
+def test_the_model_is_not_changed():
+    model, posterior, loader = conv_problem()
+    model.train()
+    model.norm.eval()
+    model.conv.weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    ids = [id(tensor) for tensor in (*model.parameters(), *model.buffers())]
+    rng = torch.get_rng_state()
+    run(model, posterior, loader, bn_loader=loader)
+    with pytest.raises(RuntimeError, match="to have 1 channels"):
+        run(model, posterior, [torch.zeros(2, 2, 5, 5, dtype=torch.float64)])
+    after = model.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in before) and list(after) == list(before)
+    assert [module.training for module in model.modules()] == modes
+    assert [id(tensor) for tensor in (*model.parameters(), *model.buffers())] == ids
+    assert torch.equal(torch.get_rng_state(), rng)  # no dropout, no global draw
+    assert not model.conv.weight.requires_grad and model.head.weight.grad is None
+
+
+def test_same_seed_same_result_other_seed_other_result():
+    model, posterior, loader = conv_problem()
+    assert torch.equal(run(model, posterior, loader).mean, run(model, posterior, loader).mean)
+    assert not torch.equal(run(model, posterior, loader).mean, run(model, posterior, loader, seed=1).mean)
+
+
+def test_given_weights():
+    model, posterior, loader = conv_problem()
+    thetas = thetas_of(posterior)
+    drawn = run(model, posterior, loader)
+    given = run(model, thetas, loader, num_samples=99)
+    assert given.num_samples == 5 and torch.equal(given.mean, drawn.mean)
+    one = run(model, thetas[0], loader)
+    model.eval()
+    assert one.num_samples == 1
+    posterior.layout.assign_(model, thetas[0])
+    with torch.no_grad():
+        assert_close64(one.mean, torch.cat([model(x).softmax(1) for x, _ in loader]))
+    assert one.mutual_information.abs().max() < 1e-14  # one sample knows nothing of the others
+
+
+def test_part_of_the_parameters_through_the_layout():
+    model, _, loader = conv_problem()
+    layout = ParameterLayout.from_module(model, "head")
+    posterior = Posterior(layout, model)
+    found = run(model, posterior, loader)
+    probs = []
+    for theta in thetas_of(posterior):
+        other = copy.deepcopy(model).eval()
+        layout.assign_(other, theta)
+        probs.append(torch.cat([other(x).softmax(1) for x, _ in loader]).detach())
+    assert_close64(found.mean, torch.stack(probs).mean(0))
+    posterior.layout = None
+    assert torch.equal(run(model, posterior, loader, layout=layout).mean, found.mean)
+    with pytest.raises(ShapeError, match=r"vectors of length 52 as in the layout; got 16"):
+        run(model, posterior, loader)
+
+
+def test_float32_agrees_with_float64():
+    model, posterior, loader = conv_problem()
+    thetas = thetas_of(posterior)
+    exact = run(model, thetas, loader)
+    single = run(model.float(), thetas, [(x.float(), y) for x, y in loader])  # theta is cast, x must fit the model
+    assert single.mean.dtype == single.entropy.dtype == single.sample_log_likelihood.dtype == torch.float32
+    for name in ("mean", "entropy", "expected_entropy", "log_likelihood"):
+        assert_close64(getattr(single, name), getattr(exact, name), rtol=1e-5)
+    assert (single.mutual_information - exact.mutual_information).abs().max() < 1e-6
+
+
+def test_half_precision_models_give_single_precision_probabilities():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Linear(3, 4).bfloat16()
+    loader = [(torch.eye(3).bfloat16(), torch.tensor([0, 1, 2]))]
+    found = run(model, Posterior(ParameterLayout.from_module(model), model), loader)
+    assert found.mean.dtype == found.log_likelihood.dtype == torch.float32
+    assert_close64(found.mean.sum(1), torch.ones(3, dtype=torch.float64), rtol=1e-6)
+
+
+def linear_problem(outputs=2, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Linear(3, outputs).double()
+        x, y = torch.randn(7, 3).double(), torch.randn(7, 2).double()
+    return model, Posterior(ParameterLayout.from_module(model), model), [(x[:4], y[:4]), (x[4:], y[4:])]
+
+
+@pytest.mark.parametrize("head", ["fixed", "tensor", "pair"])
+def test_regression_by_hand(head):
+    model, posterior, loader = linear_problem(2 if head == "fixed" else 4)
+    options = {"fixed": {"noise_variance": 0.5}, "tensor": {}, "pair": {"call_fn": lambda m, b: split(m(b[0]))}}[head]
+
+    def split(f):
+        return f[:, :2], torch.nn.functional.softplus(f[:, 2:])
+
+    found = run(model, posterior, loader, likelihood="gaussian", keep_samples=True, **options)
+    x, y = (torch.cat([batch[i] for batch in loader]) for i in (0, 1))
+    f = torch.stack([x @ t[: 3 * (len(t) // 4)].view(-1, 3).T + t[3 * (len(t) // 4) :] for t in thetas_of(posterior)])
+    mu, var = (f, torch.full_like(f, 0.5)) if head == "fixed" else (f[..., :2], (1 + f[..., 2:].exp()).log())
+    per_sample = (-0.5 * ((y - mu).square() / var + (2 * math.pi * var).log())).sum(-1)
+    mean, total = mu.mean(0), (var + mu.square()).mean(0) - mu.mean(0).square()
+    entropy = (0.5 * (2 * math.pi * math.e * total).log()).sum(-1)
+    expected_entropy = (0.5 * (2 * math.pi * math.e * var).log()).sum(-1).mean(0)
+    for actual, expected in {
+        found.mean: mean,
+        found.variance: total,
+        found.aleatoric_variance: var.mean(0),
+        found.epistemic_variance: mu.var(0, correction=0),
+        found.sample_means: mu,
+        found.sample_log_likelihood: per_sample,
+        found.log_likelihood: per_sample.exp().mean(0).log(),
+        found.entropy: entropy,
+        found.expected_entropy: expected_entropy,
+        found.mutual_information: entropy - expected_entropy,
+    }.items():
+        assert_close64(actual, expected, rtol=1e-11)
+    assert torch.equal(found.targets, y)
+    moment_matched = torch.distributions.Normal(mean, total.sqrt()).log_prob(y).sum(-1)
+    assert (moment_matched - found.log_likelihood).abs().max() > 1e-3  # the mixture's, not the matched Gaussian's
+    assert (found.mutual_information > 0).all()
+    with pytest.raises(LowRankBDLError, match="by a categorical likelihood only"):
+        _ = found.accuracy
+
+
+def test_one_target_without_an_axis_is_not_broadcast():
+    model, posterior, loader = linear_problem(1)
+    flat = run(model, posterior, [(x, y[:, 0]) for x, y in loader], likelihood="gaussian", noise_variance=1.0)
+    column = run(model, posterior, [(x, y[:, :1]) for x, y in loader], likelihood="gaussian", noise_variance=1.0)
+    assert flat.sample_log_likelihood.shape == (5, 7)
+    assert torch.equal(flat.sample_log_likelihood, column.sample_log_likelihood)
+
+
+def test_other_likelihoods():
+    model, posterior, loader = linear_problem(1)
+    binary = [(x, (y[:, :1] > 0).long()) for x, y in loader]
+    found = run(model, posterior, binary, likelihood=lambda f: Bernoulli(logits=f))
+    p = found.mean
+    assert p.shape == (7, 1)
+    assert_close64(found.entropy, -(p * p.log() + (1 - p) * (1 - p).log()))
+    assert (found.mutual_information > 0).all()
+    y = torch.cat([y for _, y in binary])
+    assert_close64(found.log_likelihood, torch.where(y == 1, p, 1 - p).log())
+    counts = [(x, y[:, :1].abs().round()) for x, y in loader]
+    rates = run(model, posterior, counts, likelihood=lambda f: Independent(Poisson(f.exp()), 1))
+    assert rates.entropy is None and rates.mutual_information is None  # torch has no closed form
+    assert rates.sample_log_likelihood.shape == (5, 7)
+    assert_close64(rates.variance, rates.mean + rates.epistemic_variance)
+    heavy = run(model, posterior, counts, likelihood=lambda f: StudentT(5.0, f))
+    assert heavy.entropy is None and heavy.expected_entropy.shape == (7, 1)
+
+
+def test_dense_classification_keeps_positions_before_classes():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Conv2d(1, 3, 3, padding=1).double()
+        loader = [(torch.randn(n, 1, 4, 5).double(), torch.randint(3, (n, 4, 5))) for n in (2, 1)]
+    posterior = Posterior(ParameterLayout.from_module(model), model)
+    found = run(model, posterior, loader)
+    assert found.mean.shape == (3, 4, 5, 3) and found.entropy.shape == (3, 4, 5)
+    assert found.sample_log_likelihood.shape == (5, 3, 4, 5)
+    probs = torch.stack(
+        [
+            torch.cat([nn.functional.conv2d(x, t[:27].view(3, 1, 3, 3), t[27:], padding=1) for x, _ in loader])
+            for t in thetas_of(posterior)
+        ]
+    ).softmax(2)
+    y = torch.cat([y for _, y in loader])
+    assert_close64(found.mean.movedim(-1, 1), probs.mean(0))
+    assert_close64(found.log_likelihood, probs.mean(0).gather(1, y.unsqueeze(1)).squeeze(1).log())
+    assert found.nll_by_num_samples.shape == (5,)
+    assert found.nll_by_num_samples[-1].item() == pytest.approx(found.nll, rel=1e-12)
+
+
+def test_tokens_as_independent_classes():
+    model, posterior, loader = linear_problem(6)
+    tokens = [(x, torch.ones(len(x), 2).long()) for x, _ in loader]
+    found = run(model, posterior, tokens, likelihood=lambda f: Independent(Categorical(logits=f.view(-1, 2, 3)), 1))
+    assert found.mean.shape == (7, 2, 3)
+    assert found.sample_log_likelihood.shape == (5, 7)
+    assert (found.mutual_information > 0).all()
+
+
+def test_unlabelled_data_and_dictionaries():
+    model, posterior, loader = conv_problem()
+    labelled = run(model, posterior, loader)
+    for batches in ([x for x, _ in loader], [(x,) for x, _ in loader], [[x, None] for x, _ in loader]):
+        found = run(model, posterior, batches)
+        assert torch.equal(found.mean, labelled.mean) and found.targets is None
+        with pytest.raises(LowRankBDLError, match="needs targets; the loader gave none"):
+            _ = found.nll
+    batches = [{"image": x, "labels": y} for x, y in loader]
+    found = run(model, posterior, batches, call_fn=lambda m, b: m(b["image"]), bn_loader=batches)
+    assert torch.equal(found.mean, run(model, posterior, loader, bn_loader=loader).mean)
+    assert torch.equal(found.targets, labelled.targets)
+    batches = [(x, x, {"class": y}) for x, y in loader]
+    found = run(model, posterior, batches, call_fn=lambda m, b: m(b[1]), target_fn=lambda b: b[2]["class"])
+    assert torch.equal(found.sample_log_likelihood, labelled.sample_log_likelihood)
+
+
+def test_targets_are_found_in_what_loaders_give():
+    y = torch.zeros(2)
+    for batch in ((None, y), [None, y], {"x": 1, "target": y}, {"label": y}):
+        assert targets_of(batch) is y
+    for batch in (y, (y,), (y, y, y), {"x": y}, (y, ["a", "b"])):
+        assert targets_of(batch) is None
+
+
+def test_mutual_information_is_not_negative_beyond_rounding():
+    """Nearly equal samples: the entropies agree to 1e-9 and are subtracted before they are rounded to float32."""
+    model, posterior, loader = conv_problem()
+    theta = posterior.mean
+    noise = torch.randn(4, len(theta), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    thetas = theta + 1e-5 * noise
+    exact = run(model, thetas, loader).mutual_information
+    assert exact.min() > -1e-15 and 0 < exact.max() < 1e-8
+
+
+def test_wild_samples_are_named():
+    model, posterior, loader = conv_problem()
+    thetas = thetas_of(posterior)
+    thetas[2, -1] = torch.nan
+    with pytest.raises(NonFiniteError, match="not be NaN .* sample 2 in batch 0"):
+        run(model, thetas, loader)
+    model, posterior, loader = linear_problem(2)
+    thetas = thetas_of(posterior)
+    with pytest.raises(NonFiniteError, match="variances must be > 0; got others from sample 0 in batch 0"):
+        run(model, thetas, loader, likelihood="gaussian", call_fn=lambda m, b: (m(b[0]), 0 * m(b[0])))
+
+
+def test_bad_input_is_refused():
+    model, posterior, loader = conv_problem()
+    with pytest.raises(ShapeError, match="loader must give at least one batch; got none"):
+        run(model, posterior, [])
+    with pytest.raises(ShapeError, match="loader must give at least one batch; got none"):
+        run(model, posterior, loader, bn_loader=[])
+    with pytest.raises(ShapeError, match="num_samples must be at least 1; got 0"):
+        run(model, posterior, loader, num_samples=0)
+    with pytest.raises(ShapeError, match=r"shape \(52,\) or \(S, 52\) with S >= 1; got \(3, 51\)"):
+        run(model, torch.zeros(3, 51), loader)
+    with pytest.raises(ShapeError, match=r"got \(0, 52\)"):
+        run(model, torch.zeros(0, 52), loader)
+    with pytest.raises(ShapeError, match="differ first at parameter 'conv.weight'"):
+        run(nn.Linear(2, 2), posterior, loader)
+    with pytest.raises(ShapeError, match=r"all batches must have sample_log_likelihood or none; got it from 1 of 2"):
+        run(model, posterior, [loader[0], loader[1][0]])
+    with pytest.raises(ShapeError, match=r"integer class indices of shape \(6,\)"):
+        run(model, posterior, [(loader[0][0], loader[0][1].double())])
+    with pytest.raises(ValueError, match="got 'probit'"):
+        run(model, posterior, loader, likelihood="probit")
+    with pytest.raises(ShapeError, match="unless call_fn is given; got dict"):
+        run(model, posterior, [{"x": 1}])
+    growing = iter(range(2, 9))
+    with pytest.raises(ShapeError, match=r"prediction must have shape \(6, 2\); got \(6, 3\)"):
+        run(model, posterior, [loader[0][0]], call_fn=lambda m, b: torch.zeros(6, next(growing)))
+    growing = iter([2] * 5 + [3] * 5)
+    with pytest.raises(ShapeError, match=r"must give mean of one shape an example; got \[\(2,\), \(3,\)\]"):
+        run(model, posterior, [loader[0][0]] * 2, call_fn=lambda m, b: torch.zeros(6, next(growing)))
+    with pytest.raises(LowRankBDLError, match="these are classes: see entropy"):
+        _ = run(model, posterior, loader).variance
+
+
+def test_progress_bars_can_be_switched_off(capsys):
+    model, posterior, loader = conv_problem()
+    run(model, posterior, loader, bn_loader=loader)
+    assert capsys.readouterr().err == ""
+    run(model, posterior, loader, bn_loader=loader, progress=True)
+    shown = capsys.readouterr().err
+    assert "batch-norm statistics: 100%" in shown and "predict: 100%" in shown and "3/3" in shown
