@@ -205,12 +205,12 @@ class RunDir:
             raise SettingsError(f"--dir {self.path} holds files that are not a run's; choose an empty or a new folder")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            stale = [self.path / "results.json"] if settings.resume else [self.path / name for name in outputs]
+            for file in stale:
+                file.unlink(missing_ok=True)
+            self.write_json("settings.json", dataclasses.asdict(settings))
         except OSError as error:
             raise SettingsError(f"--dir {self.path}: {error.strerror}") from None
-        stale = [self.path / "results.json"] if settings.resume else [self.path / name for name in outputs]
-        for file in stale:
-            file.unlink(missing_ok=True)
-        self.write_json("settings.json", dataclasses.asdict(settings))
         self.write_json("environment.json", environment(device))
         with open(self.path / "command.sh", "a", encoding="utf-8") as file:
             file.write(shlex.join([sys.executable, *sys.argv]) + "\n")

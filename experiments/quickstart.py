@@ -91,7 +91,7 @@ def _by_dataset(name: str, what: str, **options: Any) -> Any:
 class Settings:
     """Everything that decides what a run does; None means the data set's default."""
 
-    dir: str = setting("runs/quickstart", "folder to write to", free=True)
+    dir: str = setting("runs/quickstart", "folder to write to; an earlier run's files are replaced", free=True)
     dataset: str = setting("digits", f"data set: {', '.join(DATASETS)}; digits needs no files")
     data_path: str | None = setting(None, "folder with the files of MNIST or CIFAR10", kind=str, free=True)
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA where there is some", free=True)

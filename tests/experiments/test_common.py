@@ -101,6 +101,8 @@ def test_folders_that_are_not_runs_are_refused(tmp_path: Path) -> None:
     assert folder_state(tmp_path) == {"thesis.tex": b"precious"}
     with pytest.raises(SettingsError, match="is not a folder"):
         RunDir(Toy(str(tmp_path / "thesis.tex")), [], CPU)
+    with pytest.raises(SettingsError, match="thesis.tex/run: Not a directory"):
+        RunDir(Toy(str(tmp_path / "thesis.tex" / "run")), [], CPU)
 
 
 def test_the_log_survives_a_half_written_line(tmp_path: Path) -> None:

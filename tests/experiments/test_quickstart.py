@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,11 @@ METHODS = ["SGD", "SWA", "SWAG-Diag", "SWAG"]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; what it printed lies beside its folder."""
     path = tmp_path_factory.mktemp("quickstart") / "run"
-    assert quickstart.main(["--dir", str(path), *TINY]) == 0
+    with redirect_stdout(StringIO()) as printed:
+        assert quickstart.main(["--dir", str(path), *TINY]) == 0
+    (path.parent / "stdout").write_text(printed.getvalue())
     return path
 
 
@@ -68,13 +73,12 @@ def test_results_are_complete_and_possible(finished: Path) -> None:
         assert posterior["peak_bytes"] > 4 * dim * 4  # four float32 draws
 
 
-def test_the_table_shows_every_method(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert quickstart.main(["--dir", str(tmp_path / "run"), *TINY]) == 0
-    lines = capsys.readouterr().out.splitlines()
+def test_the_table_shows_every_method(finished: Path) -> None:
+    lines = (finished.parent / "stdout").read_text().splitlines()
     assert lines[0] == "digits: 60 training, 597 validation, 1,000 test images"
     assert lines[2].split() == ["method", "accuracy", "%", "NLL", "ECE", "%", "Brier", "shift", "AUROC"]
     assert [line.split()[0] for line in lines[4:8]] == METHODS
-    test = results(tmp_path / "run")["methods"]["SWAG"]["test"]
+    test = results(finished)["methods"]["SWAG"]["test"]
     assert lines[7].split()[1:3] == [f"{100 * test['accuracy']:.2f}", f"{test['nll']:.4f}"]
 
 
