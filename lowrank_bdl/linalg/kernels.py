@@ -1,5 +1,7 @@
 """Products, diagonals and draws of a low-rank-plus-diagonal matrix: what needs no solve."""
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -74,12 +76,33 @@ def draw(
     dtype, device, batch = factors.diag.dtype, factors.diag.device, factors.batch_shape
     low_rank = torch.randn((*batch, num_samples, factors.rank), dtype=dtype, device=device, generator=generator)
     inner = factors.mix_forward(low_rank.mT.double()).to(dtype)  # (*B, K, S)
+    if _fusable(factors):
+        from lowrank_bdl.linalg.fused_draw import fused_draw
+
+        return fused_draw(factors, inner, generator, mean)
     result = torch.empty((num_samples, *batch, factors.dim), dtype=dtype, device=device)
-    result.normal_(generator=generator)
-    columns = result.movedim(0, -1)  # (*B, D, S)
+    return finish_draw_(factors, result.normal_(generator=generator), inner, mean)
+
+
+def finish_draw_(factors: LowRankFactors, noise: Tensor, inner: Tensor, mean: Tensor | None) -> Tensor:
+    r"""Turn standard normals ``noise`` :math:`z_1`, shape ``(S, *B, D)``, into draws in place and return them.
+
+    Args:
+        factors: The matrix.
+        noise: :math:`z_1`, overwritten.
+        inner: :math:`M z_2`, shape ``(*B, K, S)``.
+        mean: :math:`m`, shape ``(*B, D)``, or None for zero.
+    """
+    columns, dtype = noise.movedim(0, -1), factors.diag.dtype  # (*B, D, S)
     for part in factors.chunks():
         chunk = columns[..., part, :].mul_(factors.diag[..., part, None].sqrt())
         if mean is not None:
             chunk += mean[..., part, None]
         lift_(chunk, factors.rows(part, dtype), inner)
-    return result
+    return noise
+
+
+def _fusable(factors: LowRankFactors) -> bool:
+    """Whether the fused kernel applies: one float32 matrix on a CUDA device, with Triton installed."""
+    single = factors.diag.is_cuda and factors.diag.ndim == 1 and factors.diag.dtype is torch.float32
+    return single and find_spec("triton") is not None
