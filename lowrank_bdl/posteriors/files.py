@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,16 @@ from lowrank_bdl.errors import CheckpointError
 FORMAT = "lowrank_bdl"
 VERSION = 1
 """Raised whenever an older reader would misread a file; readers refuse files newer than themselves."""
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "I64": torch.int64,
+}
 
 
 def write_tensors(
@@ -42,12 +53,13 @@ def write_tensors(
         raise TypeError(f"metadata must be plain JSON values; {error}.") from error
     partial = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
-        with open(partial, "xb"):  # an unwritable directory fails here with a plain OSError
-            pass
+        with open(partial, "xb") as stream:  # an unwritable directory fails here with a plain OSError
+            mode = stat.S_IMODE(os.fstat(stream.fileno()).st_mode)
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=header)
         except SafetensorError as error:
             raise OSError(f"cannot write {target}: {error}") from error
+        os.chmod(partial, mode)  # some versions of safetensors make files that only their owner can read
         with open(partial, "rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(partial, target)
@@ -81,15 +93,40 @@ def read_tensors(
     if not os.path.isfile(name):
         raise FileNotFoundError(f"no such file: {name}")
     try:
-        with safe_open(name, framework="pt", device="cpu" if device is None else str(device)) as stream:
-            header = stream.metadata() or {}
-            metadata = _check_header(name, header, kind)
-            missing = [key for key in required if key not in stream.keys()]
-            if missing:
-                raise CheckpointError(f"{name} lacks {', '.join(missing)}.")
-            return {key: stream.get_tensor(key) for key in stream.keys()}, metadata
+        with safe_open(name, framework="pt") as stream:  # checks every offset against the length of the file
+            metadata = _check_header(name, stream.metadata() or {}, kind)
+            keys = list(stream.keys())
     except SafetensorError as error:
         raise CheckpointError(f"{name} is truncated or no safetensors file: {error}") from error
+    missing = [key for key in required if key not in keys]
+    if missing:
+        raise CheckpointError(f"{name} lacks {', '.join(missing)}.")
+    return _read_owned(name, keys, device), metadata
+
+
+def _read_owned(name: str, keys: Sequence[str], device: torch.device | str | None) -> dict[str, Tensor]:
+    """Read the tensors of a valid file straight into memory of their own.
+
+    The tensors of safe_open are views of the mapped file: they die with it, and are not aligned, so that results
+    differ in the last bit from those of the tensors that were saved.
+    """
+    tensors = {}
+    with open(name, "rb") as stream:
+        start = int.from_bytes(stream.read(8), "little")
+        entries = json.loads(stream.read(start))
+        for key in keys:
+            if entries[key]["dtype"] not in _DTYPES:
+                raise CheckpointError(f"{name}: {key!r} has the unknown dtype {entries[key]['dtype']}.")
+            tensor = torch.empty(entries[key]["shape"], dtype=_DTYPES[entries[key]["dtype"]])
+            target = tensor.reshape(-1).view(torch.uint8).numpy().data
+            stream.seek(8 + start + entries[key]["data_offsets"][0])
+            while len(target):
+                count = stream.readinto(target)
+                if not count:
+                    raise CheckpointError(f"{name} is truncated inside {key!r}.")
+                target = target[count:]
+            tensors[key] = tensor.to(device=device)
+    return tensors
 
 
 def _check_header(name: str, header: Mapping[str, str], kind: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -222,8 +223,9 @@ class GaussianPosterior:
         if layout is not None:
             if own is None:
                 raise CheckpointError(f"{os.fspath(path)} holds no layout to compare with the one given.")
-            if (own.names, own.shapes) != (layout.names, layout.shapes):
-                raise CheckpointError(f"{os.fspath(path)} is of other parameters: {layout.difference(own)}.")
+            difference = _difference(layout, own)
+            if difference is not None:
+                raise CheckpointError(f"{os.fspath(path)} is of other parameters: {difference}.")
         try:
             covariance = LowRankPlusDiagLinearOperator(
                 tensors["deviations"].mT, tensors["diag"], tensors["mix"], root_scale=tensors.get("deviation_scale")
@@ -330,10 +332,17 @@ def kl_divergence(p: GaussianPosterior, q: GaussianPosterior) -> Tensor:
     Cost: O(D (K_p + K_q)²).
     """
     if p.layout is not None and q.layout is not None:
-        if (p.layout.names, p.layout.shapes) != (q.layout.names, q.layout.shapes):
-            raise ShapeError(f"p and q are over different parameters: {p.layout.difference(q.layout)}.")
+        difference = _difference(p.layout, q.layout)
+        if difference is not None:
+            raise ShapeError(f"p and q are over different parameters: {difference}.")
     result: Tensor = torch.distributions.kl_divergence(p.distribution, q.distribution)
     return result
+
+
+def _difference(expected: ParameterLayout, found: ParameterLayout) -> str | None:
+    """Say where names or shapes differ first: a cast network and an untied copy have the same coordinates."""
+    plain = [replace(layout, dtypes=(torch.float32,) * len(layout.names), aliases=()) for layout in (expected, found)]
+    return plain[0].difference(plain[1])
 
 
 def _size(n: int | Sequence[int]) -> torch.Size:
