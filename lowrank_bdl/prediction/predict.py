@@ -56,6 +56,11 @@ def _weights(
                 f"got {tuple(posterior.shape)}."
             )
         return posterior.unbind(0) if posterior.ndim == 2 else (posterior,)
+    if not callable(getattr(posterior, "sample", None)):  # a collector, say, instead of its posterior
+        raise TypeError(
+            "posterior must draw weights, sample(n, generator=), or be a tensor of weights; "
+            f"got {type(posterior).__name__}."
+        )
     mean = getattr(posterior, "mean", None)
     draws = WeightDraws(
         posterior,
@@ -127,6 +132,7 @@ def predict(
         ShapeError: If the loader is empty, or model, layout, posterior, outputs and targets do not fit together.
         NonFiniteError: If a sample's output is NaN, or a predicted variance is not > 0.
         ValueError: If the likelihood is unknown.
+        TypeError: If ``posterior`` neither draws weights nor is a tensor.
 
     Cost: S forward passes over the loader, S over ``bn_loader``; memory of one forward pass, the kept draws and
     O(N (C + S)).
@@ -142,7 +148,7 @@ def predict(
     """
     rule = resolve_likelihood(likelihood, noise_variance)
     if layout is None and not isinstance(posterior, Tensor):
-        layout = posterior.layout
+        layout = getattr(posterior, "layout", None)
     network = FunctionalModel(model, layout, call_fn)
     device = network.stateless.device
     weights = _weights(posterior, num_samples, network.layout, generator, max_bytes, device)

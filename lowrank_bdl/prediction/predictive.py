@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lowrank_bdl.errors import LowRankBDLError
+from lowrank_bdl.prediction import metrics
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,37 @@ class Predictive:
         mixtures = per_sample.double().flatten(1).logcumsumexp(0) - sizes.log().unsqueeze(-1)
         return -mixtures.mean(1)
 
+    def _classes(self) -> Tensor:
+        if self.epistemic_variance is not None:
+            raise LowRankBDLError("This needs class probabilities; the likelihood is a numeric one.")
+        return self.mean
+
     @property
     def predicted_class(self) -> Tensor:
         """Most probable class, ``(N,)``."""
-        if self.epistemic_variance is not None:
-            raise LowRankBDLError("Classes are predicted by a categorical likelihood only; this one is numeric.")
-        return self.mean.argmax(-1)
+        return self._classes().argmax(-1)
 
     @property
     def accuracy(self) -> float:
         """Fraction of examples whose most probable class is the target."""
-        targets, _ = self._labelled()
-        return (self.predicted_class == targets).double().mean().item()
+        return metrics.accuracy(self._classes(), self._labelled()[0])
+
+    @property
+    def brier(self) -> float:
+        """Brier score, in [0, 2]; see :func:`~lowrank_bdl.prediction.metrics.brier`."""
+        return metrics.brier(self._classes(), self._labelled()[0])
+
+    def reliability_curve(self, num_bins: int = 15, binning: str = "width") -> metrics.ReliabilityCurve:
+        """Confidence against accuracy, and its expected calibration error as ``.ece``.
+
+        Args:
+            num_bins: Number of bins.
+            binning: ``"width"`` or ``"mass"``; see :func:`~lowrank_bdl.prediction.metrics.reliability_curve`.
+
+        Returns:
+            The curve.
+
+        Raises:
+            LowRankBDLError: Without targets or class probabilities.
+        """
+        return metrics.reliability_curve(self._classes(), self._labelled()[0], num_bins, binning)

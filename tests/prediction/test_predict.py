@@ -88,6 +88,11 @@ def test_classification_by_hand(recalibrated):
     assert found.num_samples == 5
     assert found.nll == pytest.approx(-mean[torch.arange(15), y].log().mean().item(), rel=1e-12)
     assert found.accuracy == (mean.argmax(1) == y).double().mean().item()
+    one_hot = nn.functional.one_hot(y, 4)
+    assert found.brier == pytest.approx((mean - one_hot).square().sum(1).mean().item(), rel=1e-12)
+    assert torch.equal(found.predicted_class, mean.argmax(1))
+    curve = found.reliability_curve(1, "mass")
+    assert curve.ece == pytest.approx(abs(found.accuracy - mean.max(1).values.mean().item()), rel=1e-12)
     for n in range(1, 6):
         expected = -probs[:n].mean(0)[torch.arange(15), y].log().mean().item()
         assert found.nll_by_num_samples[n - 1].item() == pytest.approx(expected, rel=1e-12)
@@ -248,8 +253,9 @@ def test_regression_by_hand(head):
     moment_matched = torch.distributions.Normal(mean, total.sqrt()).log_prob(y).sum(-1)
     assert (moment_matched - found.log_likelihood).abs().max() > 1e-3  # the mixture's, not the matched Gaussian's
     assert (found.mutual_information > 0).all()
-    with pytest.raises(LowRankBDLError, match="by a categorical likelihood only"):
-        _ = found.accuracy
+    for ask in (lambda: found.accuracy, lambda: found.predicted_class, lambda: found.brier, found.reliability_curve):
+        with pytest.raises(LowRankBDLError, match="needs class probabilities; the likelihood is a numeric one"):
+            ask()
 
 
 def test_one_target_without_an_axis_is_not_broadcast():
@@ -316,8 +322,9 @@ def test_unlabelled_data_and_dictionaries():
     for batches in ([x for x, _ in loader], [(x,) for x, _ in loader], [[x, None] for x, _ in loader]):
         found = run(model, posterior, batches)
         assert torch.equal(found.mean, labelled.mean) and found.targets is None
-        with pytest.raises(LowRankBDLError, match="needs targets; the loader gave none"):
-            _ = found.nll
+        for name in ("nll", "accuracy", "brier", "log_likelihood", "nll_by_num_samples"):
+            with pytest.raises(LowRankBDLError, match="needs targets; the loader gave none"):
+                getattr(found, name)
     batches = [{"image": x, "labels": y} for x, y in loader]
     found = run(model, posterior, batches, call_fn=lambda m, b: m(b["image"]), bn_loader=batches)
     assert torch.equal(found.mean, run(model, posterior, loader, bn_loader=loader).mean)
@@ -379,6 +386,8 @@ def test_bad_input_is_refused():
         run(model, posterior, loader, likelihood="probit")
     with pytest.raises(ShapeError, match="unless call_fn is given; got dict"):
         run(model, posterior, [{"x": 1}])
+    with pytest.raises(TypeError, match=r"must draw weights, sample\(n, generator=\), .* got ParameterLayout"):
+        run(model, posterior.layout, loader)
     growing = iter(range(2, 9))
     with pytest.raises(ShapeError, match=r"prediction must have shape \(6, 2\); got \(6, 3\)"):
         run(model, posterior, [loader[0][0]], call_fn=lambda m, b: torch.zeros(6, next(growing)))
