@@ -19,8 +19,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let matplotlib draw without a display, in this process and in those that tests start."""
+    """Draw without a display, and compute on one thread: tensors this small only wait for a second one."""
     os.environ["MPLBACKEND"] = "Agg"
+    torch.set_num_threads(int(os.environ.get("TEST_NUM_THREADS", "1")))
 
 
 @pytest.fixture(

@@ -61,13 +61,9 @@ def run_dir(path: Path, resume: bool = False) -> RunDir:
 
 
 @pytest.fixture(autouse=True)
-def leave_torch_as_it_was() -> Iterator[None]:
-    """Give the global generator back; one thread, because networks this small only wait for a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def leave_the_global_generator_as_it_was() -> Iterator[None]:
     with torch.random.fork_rng():
         yield
-    torch.set_num_threads(threads)
 
 
 def test_schedule_is_flat_then_linear_then_flat() -> None:
