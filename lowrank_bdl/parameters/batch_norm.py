@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
@@ -25,6 +26,8 @@ class _LayerStatistics:
     """Counts, means and sums of squared deviations of one layer's inputs, for S sets of weights."""
 
     def __init__(self, name: str, module: _BatchNorm, num_samples: int) -> None:
+        if is_lazy(module.running_mean):
+            raise ShapeError(f"Batch-norm layer {name!r} has no shape yet (lazy module); run one forward pass first.")
         self.name = name
         self.module = module
         self.calls = [0] * num_samples

@@ -25,17 +25,28 @@ def _expected_value(distribution: Distribution) -> Tensor:
     return mean
 
 
-def _entropy(distribution: Distribution) -> Tensor | None:
+def _entropy(kind: type[Distribution], mean: Tensor, variance: Tensor | None) -> Tensor | None:
+    """Entropy of each value, in float64 from a law's mean and variance where these say it all.
+
+    The same function for every sample and for their mixture: it is concave, so the mutual information is not negative.
+    """
+    if issubclass(kind, Categorical):
+        entropy: Tensor = torch.special.entr(mean).sum(-1)
+        return entropy
+    if issubclass(kind, Bernoulli):
+        entropy = torch.special.entr(mean) + torch.special.entr((1 - mean).clamp(min=0.0))  # 1 - p may be -1e-16
+        return entropy
+    if issubclass(kind, Normal) and variance is not None:
+        return 0.5 * (2 * math.pi * math.e * variance).log()
+    return None
+
+
+def _own_entropy(distribution: Distribution) -> Tensor | None:
     try:
         entropy: Tensor = distribution.entropy().double()
         return entropy
     except NotImplementedError:
         return None
-
-
-def _minus_p_log_p(p: Tensor) -> Tensor:
-    each: Tensor = torch.special.entr(p.clamp(min=0.0))  # rounding may leave 1 - p at -1e-16
-    return each
 
 
 class BatchAverage:
@@ -53,6 +64,7 @@ class BatchAverage:
         self._keep = keep
         self._count = 0
         self._unusable: list[Tensor] = []
+        self._entropies: list[Tensor | None] = []
         self._log_likelihoods: list[Tensor] = []
         self._means: list[Tensor] = []
 
@@ -65,32 +77,33 @@ class BatchAverage:
         Raises:
             ShapeError: If the targets do not fit, or the shape is not the one of the samples before.
         """
-        mean, entropy = _expected_value(distribution), _entropy(distribution)
+        mean = _expected_value(distribution)
         if self._count == 0:
-            self._start(distribution, mean, entropy)
+            self._start(distribution, mean)
         if mean.shape != self._mean.shape:
             raise ShapeError(
                 f"Every sample's prediction must have shape {tuple(self._mean.shape)}; got {tuple(mean.shape)}."
             )
         self._count += 1
-        unusable = mean.isnan().any()
-        delta = mean - self._mean
+        exact, variance = mean.double(), None
+        unusable = exact.isnan().any()
+        delta = exact - self._mean
         self._mean += delta / self._count
         if self._is_numeric:
-            variance = distribution.variance
-            if isinstance(base_distribution(distribution), Normal):
+            variance = distribution.variance.double()
+            if issubclass(self._kind, Normal):
                 unusable = unusable | ~(variance > 0).all()
-            self._sum_sq += delta * (mean - self._mean)
+            self._sum_sq += delta * (exact - self._mean)
             self._variance += (variance - self._variance) / self._count
-        if self._expected_entropy is not None and entropy is not None:
-            self._expected_entropy += (entropy - self._expected_entropy) / self._count
+        entropy = self._per_example(_entropy(self._kind, exact, variance))
+        self._entropies.append(_own_entropy(distribution) if entropy is None else entropy)
         if self._targets is not None:
             self._log_likelihoods.append(distribution.log_prob(self._targets))
         if self._keep:
             self._means.append(mean)
         self._unusable.append(unusable)
 
-    def _start(self, distribution: Distribution, mean: Tensor, entropy: Tensor | None) -> None:
+    def _start(self, distribution: Distribution, mean: Tensor) -> None:
         base = base_distribution(distribution)
         self._kind = type(base)
         self._is_numeric = not isinstance(base, Categorical)
@@ -100,20 +113,13 @@ class BatchAverage:
         if self._is_numeric:
             self._sum_sq = torch.zeros_like(self._mean)
             self._variance = torch.zeros_like(self._mean)
-        self._expected_entropy = None if entropy is None else torch.zeros_like(entropy)
         if self._targets is not None:
             self._targets = align_targets(distribution, self._targets)
 
-    def _mixture_entropy(self) -> Tensor | None:
-        if issubclass(self._kind, Categorical):
-            each = _minus_p_log_p(self._mean).sum(-1)
-        elif issubclass(self._kind, Bernoulli):
-            each = _minus_p_log_p(self._mean) + _minus_p_log_p(1 - self._mean)
-        elif issubclass(self._kind, Normal):
-            each = 0.5 * (2 * math.pi * math.e * (self._variance + self._sum_sq / self._count)).log()
-        else:
-            return None
-        return each.flatten(self._batch_ndim).sum(-1) if each.ndim > self._batch_ndim else each
+    def _per_example(self, entropy: Tensor | None) -> Tensor | None:
+        if entropy is None or entropy.ndim == self._batch_ndim:
+            return entropy
+        return entropy.flatten(self._batch_ndim).sum(-1)
 
     def finish(self) -> Parts:
         """Check the batch, once after its last sample so that a device is asked for one answer only, and average.
@@ -130,7 +136,10 @@ class BatchAverage:
                 "Predictions must not be NaN and variances must be > 0; "
                 f"got others from sample {int(unusable.int().argmax())} in batch {self._number}."
             )
-        entropy, expected = self._mixture_entropy(), self._expected_entropy
+        variance = self._variance + self._sum_sq / self._count if self._is_numeric else None
+        entropy = self._per_example(_entropy(self._kind, self._mean, variance))
+        entropies = [each for each in self._entropies if each is not None]
+        expected = torch.stack(entropies).mean(0) if entropies else None
         sums: Parts = {
             "mean": self._mean,
             "epistemic_variance": self._sum_sq / self._count if self._is_numeric else None,

@@ -303,6 +303,20 @@ def test_wrong_weights_are_refused():
         recalibrate_batch_norm(model, torch.zeros(0, layout.numel), shifted_batches())
 
 
+def test_lazy_layers_are_refused():
+    with pytest.raises(ShapeError, match="layer '0' has no shape yet"):
+        recalibrate_batch_norm_(nn.Sequential(nn.LazyBatchNorm1d(affine=False)), shifted_batches())
+
+
+def test_data_are_moved_to_the_model(device):
+    model, _, thetas = problem()
+    expected = recalibrate_batch_norm(model, thetas, shifted_batches())
+    actual = recalibrate_batch_norm(model.to(device), thetas, [(x, None) for x in shifted_batches()])
+    for key, value in actual.items():
+        assert value.device.type == device.type
+        torch.testing.assert_close(value, expected[key].to(device), rtol=1e-10, atol=1e-12)
+
+
 def test_progress_bar_only_when_asked(capsys):
     model, _, thetas = problem()
     recalibrate_batch_norm(model, thetas, shifted_batches())
