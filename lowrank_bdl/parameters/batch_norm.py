@@ -26,7 +26,7 @@ class _LayerStatistics:
     """Counts, means and sums of squared deviations of one layer's inputs, for S sets of weights."""
 
     def __init__(self, name: str, module: _BatchNorm, num_samples: int) -> None:
-        if is_lazy(module.running_mean):
+        if is_lazy(module.get_buffer("running_mean")):
             raise ShapeError(f"Batch-norm layer {name!r} has no shape yet (lazy module); run one forward pass first.")
         self.name = name
         self.module = module
