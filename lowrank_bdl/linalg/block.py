@@ -22,10 +22,21 @@ def same_index(left: Index, right: Index, size: int) -> bool:
 
 
 def positions(index: Index, size: int, device: torch.device) -> Tensor:
-    """Return ``index`` as a LongTensor of coordinates."""
+    """Return ``index`` as a LongTensor of coordinates from 0 to ``size`` - 1.
+
+    Raises:
+        IndexError: If a coordinate is out of range, or a mask has another length.
+    """
     if isinstance(index, slice):
         return torch.arange(size, device=device)[index]
-    return torch.where(index < 0, index + size, index)
+    index = index.to(device)
+    if index.dtype is torch.bool:
+        if index.shape != (size,):
+            raise IndexError(f"a mask of coordinates must have shape ({size},); got {tuple(index.shape)}.")
+        return index.nonzero().squeeze(-1)
+    if index.numel() and not (-size <= int(index.min()) and int(index.max()) < size):
+        raise IndexError(f"coordinates must be in [-{size}, {size}); got {int(index.min())} to {int(index.max())}.")
+    return torch.where(index < 0, index + size, index).long()
 
 
 class LowRankPlusDiagBlock(LinearOperator):

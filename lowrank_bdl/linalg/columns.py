@@ -7,7 +7,7 @@ from lowrank_bdl.errors import ShapeError
 
 
 class Fold:
-    """Right-hand sides as columns of one core matrix: axes that the core lacks become further columns.
+    """Right-hand sides as columns of one core matrix: axes that the core lacks, or has with size one, become columns.
 
     A kernel then reads the root once for all of them, where repeating the matrix would read it once for each.
 
@@ -39,16 +39,19 @@ class Fold:
                 f"batch axes of the right-hand side {tuple(rhs.shape)} do not broadcast with {tuple(batch)}."
             ) from None
         rhs = rhs.expand(*shape, *rhs.shape[-2:])
-        extra = len(shape) - len(core)
-        self._extra, self._core = shape[:extra], len(core)
-        self._num_columns = rhs.shape[-1]
-        order = (*range(extra, len(shape) + 1), *range(extra), rhs.ndim - 1)
-        self.columns = rhs.permute(order).flatten(len(core) + 1)
+        ones = (1,) * (len(shape) - len(core))
+        folded = [axis for axis, size in enumerate((*ones, *core)) if size == 1]
+        kept = [axis for axis in range(len(shape)) if axis not in folded]
+        self._core = core
+        self._sizes = (*(shape[axis] for axis in folded), rhs.shape[-1])
+        self._order = (*kept, len(shape), *folded, len(shape) + 1)
+        columns = rhs.permute(self._order).flatten(len(kept) + 1)
+        self.columns = columns.reshape(*core, *columns.shape[-2:])
 
     def undo(self, result: Tensor) -> Tensor:
         """Return ``result`` of shape ``(*core, N, C)`` as ``(*E, *B, N, S)``, or without S for a vector."""
-        extra, core = len(self._extra), self._core
-        result = result.unflatten(-1, (*self._extra, self._num_columns))
-        result = result.permute(*range(core + 1, core + 1 + extra), *range(core + 1), result.ndim - 1)
-        result = result.expand(*self._full, *result.shape[-2:])
+        kept = [size for size in self._core if size != 1]
+        result = result.reshape(*kept, result.shape[-2], *self._sizes)
+        inverse = sorted(range(len(self._order)), key=self._order.__getitem__)
+        result = result.permute(inverse).expand(*self._full, result.shape[len(kept)], self._sizes[-1])
         return result.squeeze(-1) if self.vector else result

@@ -175,7 +175,7 @@ class InvQuadLogdetFunction(Function):
         if needs_grad:
             ctx.factors, ctx.capacitance, ctx.weights = factors, result.capacitance, result.weights
             ctx.save_for_backward(root, diag, mix, result.solution)
-        return result.quadratic, result.capacitance.logdet
+        return result.quadratic, result.capacitance.logdet.clone()  # a cached tensor must not join this graph
 
     @staticmethod
     @once_differentiable
@@ -190,7 +190,7 @@ class InvQuadLogdetFunction(Function):
         double = factors.mix.double()
         if double.ndim == 0:
             inner = double.square() * inverse
-            extra = inverse @ ctx.capacitance.gram / double
+            extra = torch.where(double == 0, 0.0, inverse @ ctx.capacitance.gram / double)
         else:
             inner = double @ inverse @ double.mT  # M C^-1 M'
         inner = 2 * grad_logdet[..., None, None] * inner

@@ -5,13 +5,42 @@ from typing import TYPE_CHECKING, Any
 import torch
 from linear_operator.operators import LinearOperator, RootLinearOperator
 from torch import Tensor
+from torch.autograd.function import Function
 
+from lowrank_bdl.errors import NotPSDError
 from lowrank_bdl.linalg.factors import inverse_std
-from lowrank_bdl.linalg.kernels import lift_
-from lowrank_bdl.linalg.roots import LowRankPlusDiagRoot
+from lowrank_bdl.linalg.roots import LOST, LowRankPlusDiagRoot, apply_root_
 
 if TYPE_CHECKING:
     from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
+
+
+class _InverseDiagonalFunction(Function):
+    """The diagonal of the inverse, ``(1 - |L^-1 w_i|^2) / d_i`` by chunks in float64; it refuses a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, core: "LowRankPlusDiagLinearOperator", *tensors: Tensor) -> Tensor:
+        """Compute the value, or raise NotPSDError where float64 would lose it."""
+        factors, capacitance = core.factors, core.capacitance(least="double")
+        result = torch.empty_like(core.diag, memory_format=torch.contiguous_format)
+        lost = 0.0
+        for part in factors.chunks():
+            scale = inverse_std(factors.diag[..., part], torch.float64)
+            rows = factors.mixed_rows(part, torch.float64) * scale.unsqueeze(-2)
+            kept = 1 - torch.linalg.solve_triangular(capacitance.cholesky, rows, upper=False).square().sum(-2)
+            result[..., part] = kept * scale.square()
+            lost = max(lost, torch.finfo(torch.float64).eps / max(kept.min().item(), 1e-300))
+        if lost > LOST:
+            raise NotPSDError(
+                "the diagonal of the inverse needs variances that are not too far below the deviations; float64 leaves "
+                f"a relative error of about {lost:.0e} (expected at most {LOST:.0e}). Raise them with add_jitter()."
+            )
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Refuse."""
+        raise NotImplementedError("the diagonal of the inverse has no gradient here; detach() the operator.")
 
 
 class InverseLowRankPlusDiagLinearOperator(LinearOperator):
@@ -88,16 +117,9 @@ class InverseLowRankPlusDiagLinearOperator(LinearOperator):
         return -self.base.logdet()
 
     def _diagonal(self) -> Tensor:
-        """Return ``(1 - |L^-1 w_i|^2) / d_i`` by chunks in float64."""
-        base = self.base
-        factors, capacitance = base.factors, base.capacitance()
-        result = torch.empty_like(base.diag, memory_format=torch.contiguous_format)
-        for part in factors.chunks():
-            scale = inverse_std(base.diag[..., part], torch.float64)
-            rows = factors.mixed_rows(part, torch.float64) * scale.unsqueeze(-2)
-            leverage = torch.linalg.solve_triangular(capacitance.cholesky, rows, upper=False).square().sum(-2)
-            result[..., part] = (1 - leverage).mul_(scale.square())
-        return result
+        core = self.base._core
+        result: Tensor = _InverseDiagonalFunction.apply(core, core.root, core.diag, core.mix)
+        return result.expand(*self.batch_shape, -1)
 
     def inverse(self) -> "LowRankPlusDiagLinearOperator":
         """Return Sigma itself."""
@@ -111,31 +133,24 @@ class InverseLowRankPlusDiagLinearOperator(LinearOperator):
             generator: Source of the normals; None means torch's default generator.
             mean: :math:`m`, shape ``(*B, D)``, None for zero.
 
+        Where the matrix asks for gradients the draws are :math:`\Sigma^{-1} y` with y drawn from N(0, Sigma), which is
+        differentiable: other draws of the same law.
+
         Cost: a factorisation, once, two reads of the root and n D normals; no memory beyond the result.
         """
         if n < 0:
             raise ValueError(f"the number of draws must be >= 0, got {n}.")
-        base = self.base
-        factors, dtype = base.factors, base.dtype
-        result = torch.empty((n, *base.diag.shape), dtype=dtype, device=base.device).normal_(generator=generator)
-        columns = result.movedim(0, -1)  # (*B, D, n)
-        scaled = factors.zeros(factors.root.shape[-1], n)
-        for part in factors.chunks():
-            scale = inverse_std(base.diag[..., part], dtype).unsqueeze(-1)
-            scaled += (factors.rows(part, dtype) @ (columns[..., part, :] * scale)).double()
-        values, vectors = torch.linalg.eigh(base.capacitance().gram)
-        root = (1 + values.clamp_min(0)).sqrt().unsqueeze(-1)
-        inner = vectors @ ((vectors.mT @ factors.mix_transposed(scaled)) / (root.square() + root))
-        inner = factors.mix_forward(inner).to(dtype)
-        for part in factors.chunks():
-            scale = inverse_std(base.diag[..., part], dtype).unsqueeze(-1)
-            chunk = columns[..., part, :]
-            low_rank = torch.zeros_like(chunk)
-            lift_(low_rank, factors.rows(part, dtype), inner)
-            chunk.sub_(low_rank.mul_(scale)).mul_(scale)
-            if mean is not None:
-                chunk += mean[..., part, None]
-        return result
+        if torch.is_grad_enabled() and self.base.requires_grad:  # y ~ N(0, Sigma) gives Sigma^-1 y ~ N(0, Sigma^-1)
+            noise = self.base.sample(n, generator)
+            draws = self.base.solve(noise.movedim(0, -1)).movedim(-1, 0)
+            return draws if mean is None else draws + mean
+        core, batch = self.base._core, self.batch_shape
+        extra = batch[: len(batch) - len(core.batch_shape)]
+        shape = (n * extra.numel(), *core.diag.shape)
+        result = torch.empty(shape, dtype=core.dtype, device=core.device).normal_(generator=generator)
+        apply_root_(core, result.movedim(0, -1), inverse=True, transposed=False)
+        result = result.view(n, *batch, self.shape[-1])
+        return result if mean is None else result.add_(mean)
 
     def zero_mean_mvn_samples(self, num_samples: int) -> Tensor:
         """Return exact draws from N(0, Sigma^-1), shape ``(num_samples, *B, D)``."""

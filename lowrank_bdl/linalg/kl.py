@@ -94,10 +94,15 @@ def _log_capacitance(capacitance: Capacitance) -> Tensor:
 
 def kl_differentiable(p: LowRankFactors, q: LowRankFactors, mean_p: Tensor, mean_q: Tensor) -> Tensor:
     """Return KL(p || q) by plain differentiable float64 operations; for gradients, at the cost of D x K temporaries."""
+    factorize(p), factorize(q)  # for their checks
     u_p, u_q = (_mixed(factors) for factors in (p, q))
     d_p, d_q = p.diag.double(), q.diag.double()
+    moved = torch.cat((u_p, (mean_p.double() - mean_q.double()).unsqueeze(-1)), dim=-1)
+    apart = (((d_p == 0) & (d_q > 0)) | ((d_q == 0) & ((d_p > 0) | (moved != 0).any(-1)))).any(-1)
+    common = (d_p == 0) | (d_q == 0)  # point masses of both, else the result is infinite: left out
+    d_p, d_q = d_p.masked_fill(common, 1.0), d_q.masked_fill(common, 1.0)
     scaled = u_q / d_q.sqrt().unsqueeze(-1)
-    columns = torch.cat((u_p, (mean_p - mean_q).double().unsqueeze(-1)), dim=-1) / d_q.sqrt().unsqueeze(-1)
+    columns = moved.masked_fill(common.unsqueeze(-1), 0.0) / d_q.sqrt().unsqueeze(-1)
     identity = torch.eye(u_q.shape[-1], dtype=torch.float64, device=d_q.device)
     cholesky = torch.linalg.cholesky(identity + scaled.mT @ scaled)
     weights = torch.cholesky_solve(scaled.mT @ columns, cholesky)
@@ -111,7 +116,7 @@ def kl_differentiable(p: LowRankFactors, q: LowRankFactors, mean_p: Tensor, mean
     log_det: Tensor = cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     log_det = log_det - cholesky_p.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     ratio: Tensor = (excess - excess.log1p() - (1 + excess) * leverage).sum(-1)
-    return 0.5 * (ratio + quadratic) + log_det
+    return (0.5 * (ratio + quadratic) + log_det).masked_fill(apart, float("inf"))
 
 
 def _mixed(factors: LowRankFactors) -> Tensor:

@@ -57,15 +57,16 @@ def lanczos(
         which: Largest (``"LA"``), smallest (``"SA"``), largest in size (``"LM"``), or both ends in equal parts, the top
             having one more if k is odd (``"BE"``). Not used with a pair.
         tol: Residual tolerance relative to the largest Ritz value in size; None means ``eps ** (2/3)`` of the dtype.
-        max_matvecs: The most products to spend on the iteration; None means ``max(300, 20 k)`` basis fills.
-        num_basis: Basis vectors kept, > k; None means ``max(2 k + 10, k + 20)``. Memory: ``(num_basis + 1) D`` numbers.
-        start: Start vector, shape ``(D,)``; None draws one.
+        max_matvecs: The most products to spend on the iteration, >= k; None means ``max(300, 20 k)``.
+        num_basis: Basis vectors kept, > k (D if k = D); None means ``max(2 k + 10, k + 20)``. Memory:
+            ``(num_basis + 1) D`` numbers.
+        start: Start vector, shape ``(D,)``, not zero; None draws one.
         generator: Source of the start vector and of fresh directions.
 
     Raises:
         ShapeError: If the operator is not square or k does not fit.
-        ValueError: If ``which`` is unknown.
-        NonFiniteError: If a product holds NaN or infinity.
+        ValueError: If ``which`` is unknown, ``start`` is zero, or ``num_basis`` or ``max_matvecs`` is too small for k.
+        NonFiniteError: If ``start`` or a product holds NaN or infinity.
 
     Cost: ``num_matvecs`` products and O(D num_basis) work for each; one host synchronisation a step.
 
@@ -85,15 +86,27 @@ def lanczos(
         assert isinstance(operator, LinearOperator)
         size, dtype, device = operator.shape[-1], operator.dtype, operator.device
         start = torch.randn(size, dtype=dtype, device=device, generator=generator)
+    if start.ndim != 1 or (isinstance(operator, LinearOperator) and len(start) != operator.shape[-1]):
+        raise ShapeError(f"start must be a vector of the size of the operator; got {tuple(start.shape)}.")
     size = start.shape[0]
     top, bottom, by_size = _split(k, which, size)
     wanted = top + bottom
     if wanted == 0:
         empty = torch.zeros(0, dtype=torch.float64, device=start.device)
         return Eigenpairs(empty, start.new_zeros(0, size).mT, empty, empty.bool(), 0)
-    state = _Basis(operator, start, min(size, num_basis or max(2 * wanted + 10, wanted + 20)), generator)
-    tolerance = torch.finfo(start.dtype).eps ** (2 / 3) if tol is None else tol
+    capacity = min(size, max(2 * wanted + 10, wanted + 20) if num_basis is None else num_basis)
     limit = max(300, 20 * wanted) if max_matvecs is None else max_matvecs
+    if capacity < min(wanted + 1, size) or limit < wanted:
+        raise ValueError(
+            f"{wanted} pairs need num_basis >= {min(wanted + 1, size)} and max_matvecs >= {wanted}; "
+            f"got {num_basis} and {max_matvecs}."
+        )
+    if not bool(start.isfinite().all()):
+        raise NonFiniteError("the start vector must be finite; it holds NaN or infinity.")
+    if not bool((start != 0).any()):
+        raise ValueError("the start vector must not be zero.")
+    state = _Basis(operator, start, capacity, generator)
+    tolerance = torch.finfo(start.dtype).eps ** (2 / 3) if tol is None else tol
     while True:
         state.fill(limit)
         values, vectors, residuals = state.ritz()

@@ -195,25 +195,29 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
         """
         if n < 0:
             raise ValueError(f"the number of draws must be >= 0, got {n}.")
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (self.root, self.diag, self.mix)):
-            draws = self._reparameterized(n, generator)
-            return draws if mean is None else draws + mean
         core, batch = self._core, self.batch_shape
         extra = batch[: len(batch) - len(core.batch_shape)]
-        if mean is not None and extra:
-            return self.sample(n, generator) + mean
-        draws = kernels.draw(core.factors, n * extra.numel(), generator, None if mean is None else mean.detach())
-        return draws.reshape(n, *batch, self.shape[-1])
+        apart = mean is not None and (bool(extra) or (torch.is_grad_enabled() and mean.requires_grad))
+        if torch.is_grad_enabled() and core.requires_grad:
+            draws = core._reparameterized(n * extra.numel(), generator)
+            apart = mean is not None
+        else:
+            draws = kernels.draw(core.factors, n * extra.numel(), generator, None if apart else mean)
+        draws = draws.reshape(n, *batch, self.shape[-1])
+        return draws + mean if apart and mean is not None else draws
 
     def _reparameterized(self, n: int, generator: torch.Generator | None) -> Tensor:
         """Draw as `kernels.draw` does, from the same stream, through plain differentiable operations."""
+        _ = self.factors
         shape = (n, *self.batch_shape, self.shape[-1])
         root = self._mixed_root()
         low_rank = torch.randn(
             (*self.batch_shape, n, self.rank), dtype=self.dtype, device=self.device, generator=generator
         )
         noise = torch.empty(shape, dtype=self.dtype, device=self.device).normal_(generator=generator)
-        return noise * self.diag.sqrt() + (low_rank @ root.mT).movedim(-2, 0)
+        free = self.diag > 0  # the square root has no derivative at a point mass, which stays one
+        std = torch.where(free, self.diag, 1.0).sqrt() * free
+        return noise * std + (low_rank @ root.mT).movedim(-2, 0)
 
     def zero_mean_mvn_samples(self, num_samples: int) -> Tensor:
         """Return exact draws from N(0, Sigma), shape ``(num_samples, *B, D)``; differentiable."""

@@ -52,11 +52,11 @@ class LowRankPlusDiagState(LowRankRootAddedDiagLinearOperator):
                 f"batch shapes must broadcast; got root {tuple(root.shape)}, diag {tuple(diag.shape)} and mix "
                 f"{tuple(mix.shape)}."
             ) from None
-        root, diag = root.expand(*batch, *root.shape[-2:]), diag.expand(*batch, diag.shape[-1])
+        root, diag = _expand(root, batch, 2), _expand(diag, batch, 1)
         if mix.ndim > 2:
-            mix = mix.expand(*batch, *mix.shape[-2:])
+            mix = _expand(mix, batch, 2)
         if root_scale is not None:
-            root_scale = root_scale.expand(*batch, *root_scale.shape[-2:])
+            root_scale = _expand(root_scale, batch, 2)
         # LinearOperator.__init__, not the parent's, which wraps the parts: the representation is plain tensors
         LinearOperator.__init__(self, root, diag, mix, root_scale=root_scale)
         self.root, self.diag, self.mix, self.root_scale = root, diag, mix, root_scale
@@ -102,13 +102,19 @@ class LowRankPlusDiagState(LowRankRootAddedDiagLinearOperator):
             )
         return LowRankFactors(self.root, self.diag, self.mix, self.root_scale)
 
-    def capacitance(self) -> Capacitance:
-        """Return the factorisation, computed again only if a tensor was changed in place since the last call."""
+    def capacitance(self, least: str = "storage") -> Capacitance:
+        """Return the factorisation, computed again only if a tensor was changed in place since the last call.
+
+        Args:
+            least: ``"double"`` asks for one from float64 products where the one at hand is from the storage dtype's.
+        """
         factors, versions = self.factors, self._versions()
+        if self._unexpanded is not None:
+            raise AssertionError("an expanded operator factorises its core")
         if self._factored is None or versions is None or self._factored[0] != versions:
-            if self._unexpanded is not None:
-                raise AssertionError("an expanded operator factorises its core")
-            self._factored = (versions or (), factorize(factors))
+            self._factored = (versions or (), factorize(factors, least))
+        elif least == "double" and self._factored[1].method == "storage":
+            self._factored = (versions, factorize(factors, least))
         return self._factored[1]
 
     def _refine(self, result: Ridge) -> None:
@@ -123,6 +129,7 @@ class LowRankPlusDiagState(LowRankRootAddedDiagLinearOperator):
 
     def _derived(self, root: Tensor, diag: Tensor, mix: Tensor, root_scale: Tensor | None) -> Self:
         """Make an operator from changed tensors; it stays pinned if it still shares the pinned root."""
+        _ = self.factors  # a stale operator gives no further ones
         result = self.__class__(root, diag, mix, root_scale=root_scale)
         shares = root.untyped_storage().data_ptr() == self.root.untyped_storage().data_ptr()
         if self._pinned is not None and shares:
@@ -130,11 +137,15 @@ class LowRankPlusDiagState(LowRankRootAddedDiagLinearOperator):
             result._pinned = None if current is None else (self._pinned[0], *current[1:])
         return result
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave caches out of pickles and copies, and check that the tensors are current."""
-        _ = self.factors
-        state = {k: v for k, v in self.__dict__.items() if k != "_memoize_cache"}
-        return {**state, "_factored": None, "_pinned": None}
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy the tensors alone, checked to be current: no cache, no pin, no storage beyond a slice."""
+        if self._unexpanded is not None:
+            return _rebuild_expanded, (self._unexpanded, self.batch_shape)
+        return self.__class__, tuple(_compact(tensor) for tensor in vars(self.factors).values())
+
+    def _bilinear_derivative(self, left_vecs: Tensor, right_vecs: Tensor) -> tuple[Tensor | None, ...]:
+        derivatives: tuple[Tensor | None, ...] = LinearOperator._bilinear_derivative(self, left_vecs, right_vecs)
+        return derivatives
 
     def evaluate_kernel(self) -> Self:
         """Return the operator itself: nothing is lazy here, and its factorisation is worth keeping."""
@@ -183,3 +194,21 @@ class LowRankPlusDiagState(LowRankRootAddedDiagLinearOperator):
             return self
         whole = slice(0, self.shape[-1])
         return self._derived(self.factors.rows(whole, self.dtype).mT, self.diag, self.mix, None)
+
+
+def _expand(tensor: Tensor, batch: torch.Size, keep: int) -> Tensor:
+    """Expand the leading axes to ``batch``; the tensor itself where it has them, so that a leaf stays a leaf."""
+    shape = (*batch, *tensor.shape[tensor.ndim - keep :])
+    return tensor if tensor.shape == shape else tensor.expand(shape)
+
+
+def _compact(tensor: Tensor | None) -> Tensor | None:
+    """Return a copy of a view of a larger storage, which pickle would write whole; anything else as it is."""
+    if tensor is None or tensor.requires_grad:
+        return tensor
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size() else tensor
+
+
+def _rebuild_expanded(core: LowRankPlusDiagState, batch_shape: torch.Size) -> LinearOperator:
+    """Unpickle an operator that `expand` made."""
+    return core._expand_batch(batch_shape)

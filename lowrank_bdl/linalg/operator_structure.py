@@ -24,6 +24,7 @@ class LowRankPlusDiagStructure(LowRankPlusDiagState):
     """What returns an operator of the same class, never a second D x K tensor but where that is the result."""
 
     def _mul_constant(self, other: float | Tensor) -> LinearOperator:
+        _ = self.factors
         constant = torch.as_tensor(other, device=self.device)
         if bool((constant == 0).all()):
             return ZeroLinearOperator(*self.shape, dtype=self.dtype, device=self.device)
@@ -70,7 +71,8 @@ class LowRankPlusDiagStructure(LowRankPlusDiagState):
         terms = tuple(term._decoded() for term in terms)
         batch = torch.broadcast_shapes(*(term.batch_shape for term in terms))
         dtypes = {term.root.dtype for term in terms}
-        dtype = self.dtype if len(dtypes) > 1 else dtypes.pop()
+        widest = torch.float64 if any(term.dtype is torch.float64 for term in terms) else torch.float32
+        dtype = widest if len(dtypes) > 1 else dtypes.pop()
         rows = [term.factors.root.mT.to(dtype).expand(*batch, -1, -1) for term in terms]
         if all(term.mix.ndim == 0 for term in terms) and len({id(term.mix) for term in terms}) == 1:
             mix = terms[0].mix
@@ -154,10 +156,12 @@ class LowRankPlusDiagStructure(LowRankPlusDiagState):
         Cost: a view for slices, a gather of the chosen rows of the root for tensors.
         """
         size = self.shape[-1]
-        distinct = isinstance(rows, slice) or len(rows.unique()) == len(rows)
-        if not same_index(rows, columns, size) or not distinct:
+        same = isinstance(rows, slice) and isinstance(columns, slice) and same_index(rows, columns, size)
+        if not same:
             rows, columns = positions(rows, size, self.device), positions(columns, size, self.device)
-            return LowRankPlusDiagBlock(self, rows, columns)
+            if not same_index(rows, columns, size) or len(rows.unique()) < len(rows):
+                _ = self.factors
+                return LowRankPlusDiagBlock(self, rows, columns)
         diag = self.diag[..., rows]
         if self.root_scale is not None:
             gathered = self.factors.rows_at(positions(rows, size, self.device), self.dtype)
@@ -203,8 +207,10 @@ class LowRankPlusDiagStructure(LowRankPlusDiagState):
 
     def detach(self) -> Self:
         """Return the operator without its autograd history; the factorisation is kept."""
-        result = self._map(lambda t: t.detach())
-        result.mix = result.mix.detach()
+        if self._unexpanded is not None:
+            return self._unexpanded.detach()._expand_batch(self.batch_shape)
+        scale = None if self.root_scale is None else self.root_scale.detach()
+        result = self._derived(self.root.detach(), self.diag.detach(), self.mix.detach(), scale)
         result._factored = self._factored
         return result
 

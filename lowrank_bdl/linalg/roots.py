@@ -11,14 +11,97 @@ With :math:`W = D^{-1/2} U` and :math:`W^\top W = V \Lambda V^\top`,
 (function of a low-rank update of I: Higham, Functions of Matrices, 2008, 1.8).
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+
+from lowrank_bdl.errors import NotPSDError
+from lowrank_bdl.linalg.columns import Fold
+from lowrank_bdl.linalg.factors import inverse_std
 
 if TYPE_CHECKING:
     from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
+
+
+LOST = 1e-3
+"""Largest estimated relative error with which a root is applied."""
+
+
+def apply_root_(core: "LowRankPlusDiagLinearOperator", columns: Tensor, inverse: bool, transposed: bool) -> Tensor:
+    r"""Multiply ``columns`` (*B, D, S) in place by the root R, or by T, or by their transposes.
+
+    Both are :math:`D^{\pm 1/2} (I \pm W G W^\top)`. The products are taken in the storage dtype while W is mild enough
+    for it, in float64 otherwise.
+
+    Raises:
+        NotPSDError: If float64 would lose the root: some variances are too far below their deviations.
+
+    Cost: a factorisation in float64, once, and two reads of the root; no memory beyond a chunk.
+    """
+    factors, capacitance = core.factors, core.capacitance(least="double")
+    values, vectors = torch.linalg.eigh(capacitance.gram)
+    values = values.clamp_min(0)
+    # T subtracts what lies along W, down to 1 / |W| of it; R adds, and loses only what the Gram matrix loses
+    size = values.max().sqrt().item() if values.numel() else 0.0
+    spread = size if inverse else max(capacitance.amplification, 0.0)
+    dtype = core.dtype if torch.finfo(core.dtype).eps * spread < LOST else torch.float64
+    if not torch.finfo(dtype).eps * spread < LOST:
+        raise NotPSDError(
+            "a root needs variances that are not too far below the deviations; the smallest here is "
+            f"{factors.diag[factors.diag > 0].min().item():.1e}. Raise them with add_jitter()."
+        )
+    root = (1 + values).sqrt()
+    shrink = -1 / (root.square() + root) if inverse else 1 / (1 + root)
+    inner = (vectors * shrink.unsqueeze(-2)) @ vectors.mT
+    total = factors.zeros(factors.root.shape[-1], columns.shape[-1])
+    for part in factors.chunks():
+        scale = inverse_std(factors.diag[..., part], dtype).unsqueeze(-1)
+        chunk = columns[..., part, :]
+        if transposed:
+            chunk.mul_(scale if inverse else factors.diag[..., part, None].sqrt())
+        total += (factors.rows(part, dtype) @ (chunk * scale)).double()
+    inner = factors.mix_forward(inner @ factors.mix_transposed(total)).to(dtype)
+    for part in factors.chunks():
+        scale = inverse_std(factors.diag[..., part], dtype).unsqueeze(-1)
+        chunk = columns[..., part, :]
+        result = chunk + (factors.rows(part, dtype).mT @ inner).mul_(scale)
+        if not transposed:
+            result *= scale if inverse else factors.diag[..., part, None].to(dtype).sqrt()
+        chunk.copy_(result)
+    return columns
+
+
+class _RootFunction(Function):
+    """A product with a root, differentiable in the right-hand side; it refuses a gradient to the matrix."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        core: "LowRankPlusDiagLinearOperator",
+        inverse: bool,
+        transposed: bool,
+        columns: Tensor,
+        *tensors: Tensor,
+    ) -> Tensor:
+        """Compute the value."""
+        ctx.core, ctx.inverse, ctx.transposed = core, inverse, transposed
+        return apply_root_(core, columns.clone(memory_format=torch.contiguous_format), inverse, transposed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient to the right-hand side."""
+        if any(ctx.needs_input_grad[4:]):
+            raise NotImplementedError(
+                "a square root of this matrix has no gradient to root, diag or mix; rsample() without base_samples "
+                "draws differentiably."
+            )
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        result = apply_root_(ctx.core, grad, ctx.inverse, not ctx.transposed)
+        return None, None, None, result, None, None, None
 
 
 class LowRankPlusDiagRoot(LinearOperator):
@@ -54,24 +137,15 @@ class LowRankPlusDiagRoot(LinearOperator):
         return LowRankPlusDiagRoot(self.base._expand_batch(batch_shape), self.inverse_root, self.transposed)
 
     def _matmul(self, rhs: Tensor) -> Tensor:
-        """Return the product with ``rhs`` of shape ``(*B, D, S)``. Cost: two reads of the root."""
-        base = self.base
-        vector = rhs.ndim == 1
-        columns = rhs.unsqueeze(-1) if vector else rhs
-        diag = base.diag.unsqueeze(-1)
-        inverse_std = torch.where(diag > 0, diag, 1.0).rsqrt().masked_fill(diag == 0, 0.0)
-        values, vectors = torch.linalg.eigh(base.capacitance().gram)
-        root = (1 + values.clamp_min(0)).sqrt()
-        shrink = -1 / (root.square() + root) if self.inverse_root else 1 / (1 + root)
-        inner = (vectors * shrink.unsqueeze(-2)) @ vectors.mT
-        outer = inverse_std if self.inverse_root else diag.sqrt()
-        # R = D^1/2 + U E W' and R' = D^1/2 + W E U'; T = D^-1/2 - D^-1 U F W' and T' = D^-1/2 - W F U' D^-1
-        right, left = inverse_std, inverse_std.square() if self.inverse_root else torch.ones_like(diag)
-        if self.transposed:
-            left, right = right, left
-        low_rank = inner @ base.project(right * columns)
-        result = outer * columns + left * base.lift(low_rank)
-        return result.squeeze(-1) if vector else result
+        """Return the product with ``rhs`` of shape ``(*B, D, S)``. Cost: two reads of the root.
+
+        Differentiable in ``rhs`` alone; gradients to the matrix go through `rsample`, or a Cholesky factor.
+        """
+        core = self.base._core
+        fold = Fold(rhs, self.base.batch_shape, core.batch_shape, core.shape[-1])
+        columns = fold.columns.to(core.dtype)
+        tensors = (core.root, core.diag, core.mix)
+        return fold.undo(_RootFunction.apply(core, self.inverse_root, self.transposed, columns, *tensors))
 
     def to_dense(self) -> Tensor:
         """Return the dense root; refused where the matrix itself would be refused."""
