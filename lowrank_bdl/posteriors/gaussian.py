@@ -156,6 +156,8 @@ class GaussianPosterior:
         if self.layout is None:
             raise ShapeError("marginal selects parameters by name and needs a layout; this posterior has none.")
         layout, index = self.layout.subset(include=include, exclude=exclude)
+        if layout == self.layout:
+            return GaussianPosterior(self._mean, self.covariance, layout, self.provenance)
         if isinstance(index, Tensor):
             index = index.to(self._mean.device)
         covariance = self.covariance.select(index, index)
@@ -226,13 +228,18 @@ class GaussianPosterior:
             difference = _difference(layout, own)
             if difference is not None:
                 raise CheckpointError(f"{os.fspath(path)} is of other parameters: {difference}.")
+        name = os.fspath(path)
+        for key in ("diag", "mix"):
+            bad = first_unusable(tensors[key].reshape(-1), float("inf"))
+            if bad is not None or (key == "diag" and bool((tensors[key] < 0).any())):
+                raise CheckpointError(f"{name} contradicts itself: {key} holds negative or non-finite numbers.")
         try:
             covariance = LowRankPlusDiagLinearOperator(
                 tensors["deviations"].mT, tensors["diag"], tensors["mix"], root_scale=tensors.get("deviation_scale")
             )
             return cls(tensors["mean"], covariance, own, metadata.get("provenance"))
         except (ShapeError, TypeError, NonFiniteError) as error:
-            raise CheckpointError(f"{os.fspath(path)} contradicts itself: {error}") from error
+            raise CheckpointError(f"{name} contradicts itself: {error}") from error
 
     @classmethod
     def from_swa_gaussian(

@@ -75,9 +75,7 @@ def test_merge_equals_one_run(split):
     assert all(torch.equal(before[name], tensor) for name, tensor in right.state().items())
 
 
-@given(
-    st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=12), st.integers(0, 12), st.integers(0, 2)
-)
+@given(st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=12), st.integers(0, 12), st.integers(0, 2))
 def test_any_split_and_correction(values, split, prior):
     rows = torch.tensor(values, dtype=torch.float64)[:, None]
     known = {"prior_mean": torch.tensor([5.0]), "prior_count": prior} if prior else {}

@@ -109,10 +109,10 @@ def test_a_write_that_dies_leaves_the_old_file(step, path, monkeypatch):
     before = path.read_bytes()
 
     def die(*args, **kwargs):
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("killed")
 
     monkeypatch.setattr(files if step == "save_file" else files.os, step, die)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="^killed$"):
         write_tensors(path, "kind", {"a": torch.zeros(100)}, {})
     monkeypatch.undo()
     assert path.read_bytes() == before
@@ -132,7 +132,7 @@ def test_tensors_outlive_the_file(path):
 
 
 def test_unwritable_directory_and_bad_metadata(path, tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="No such file or directory"):
         write_tensors(tmp_path / "no" / "x", "kind", TENSORS, {})
     before = path.read_bytes()
     for bad in ({"x": torch.zeros(1)}, {"x": float("nan")}):

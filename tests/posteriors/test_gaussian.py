@@ -330,6 +330,8 @@ def test_contradictory_file(tmp_path):
     good = {"mean": torch.zeros(3), "diag": torch.ones(3), "deviations": torch.ones(2, 3), "mix": torch.tensor(1.0)}
     for change, message in [
         ({"diag": torch.ones(4)}, r"contradicts itself: root must be"),
+        ({"diag": -torch.ones(3)}, "contradicts itself: diag holds negative or non-finite numbers"),
+        ({"mix": torch.tensor(float("inf"))}, "contradicts itself: mix holds negative or non-finite numbers"),
         ({"mean": torch.ones(4)}, r"contradicts itself: mean must be"),
         ({"mean": torch.tensor([1.0, float("nan"), 0.0])}, "contradicts itself: mean must be finite; entry 1 is nan"),
         ({"diag": torch.ones(3, dtype=torch.int64)}, "contradicts itself: diag must be float32 or float64"),
