@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogFormatter
 
 # Okabe and Ito's palette: distinguishable with every common colour-vision deficiency.
 COLORS = {"SGD": "#000000", "SWA": "#009E73", "SWAG-Diag": "#0072B2", "SWAG": "#D55E00"}
@@ -169,6 +170,8 @@ def loss_along_directions(
             axes.axvline(0, color="#555555", linestyle="--", linewidth=1.2)
             axes.set_title(title)
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
             axes.set_xlabel("distance from SWA [posterior std along the ray]")
         panels[0].set_ylabel("NLL [nats per image]")
         handles, labels = panels[0].get_legend_handles_labels()

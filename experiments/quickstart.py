@@ -73,7 +73,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     ),
     "MNIST": dict(
         epochs=20, train_size=5000, batch_size=50, lr_init=0.1, swa_lr=0.05, wd=5e-4, collects_per_epoch=2, width=8,
-        max_shift=2, flip=False, threads=0,
+        max_shift=2, flip=False, threads=1,
     ),
     "CIFAR10": dict(
         epochs=60, train_size=45_000, batch_size=128, lr_init=0.1, swa_lr=0.05, wd=5e-4, collects_per_epoch=1, width=32,
