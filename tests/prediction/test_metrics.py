@@ -91,6 +91,11 @@ def test_sure_predictions_are_counted():
         assert curve.ece == 0.5
 
 
+def test_a_confidence_on_an_edge_is_in_the_bin_above():
+    probs = torch.tensor([[0.5, 0.5], [0.75, 0.25], [1.0, 0.0], [0.7, 0.3]])
+    assert metrics.reliability_curve(probs, torch.zeros(4).long(), 4).count.tolist() == [0, 0, 2, 2]
+
+
 def test_equal_mass_bins_hold_equally_many():
     probs, targets = problem(203)
     curve = metrics.reliability_curve(probs, targets, 20, "mass")
