@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 # Okabe and Ito's palette: distinguishable with every common colour-vision deficiency.
 COLORS = {"SGD": "#000000", "SWA": "#009E73", "SWAG-Diag": "#0072B2", "SWAG": "#D55E00"}
@@ -85,6 +85,15 @@ def _confidence_ticks(axes: Axes, largest: float, smallest: float) -> None:
     doubts = [doubt for doubt in (0.5, 0.2, *(10.0**-k for k in range(1, 7))) if smallest < doubt < largest]
     axes.set_xticks(doubts, [f"{1 - doubt:.6f}".rstrip("0") for doubt in doubts])
     axes.minorticks_off()
+
+
+def _plain_log_numbers(axes: Axes) -> None:
+    """Label a logarithmic y axis with plain numbers: 0.1, 0.2, 0.5, 1; powers of ten alone where there are many."""
+    low, high = axes.get_ylim()
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(plain)
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+    axes.yaxis.set_minor_formatter(plain if high / low < 300 else NullFormatter())
 
 
 def nll_against_samples(
@@ -170,8 +179,7 @@ def loss_along_directions(
             axes.axvline(0, color="#555555", linestyle="--", linewidth=1.2)
             axes.set_title(title)
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
+            _plain_log_numbers(axes)
             axes.set_xlabel("distance from SWA [posterior std along the ray]")
         panels[0].set_ylabel("NLL [nats per image]")
         handles, labels = panels[0].get_legend_handles_labels()
