@@ -6,8 +6,8 @@ SWAG-Diag  a Gaussian around that mean with the iterates' variances (scale 1, ra
 SWAG       the same with the covariance of the last iterates as well (scale 0.5, rank 20)
 
 Batch-norm statistics are recomputed from the training images for every set of weights. The test images are used for
-the report alone; the default settings of digits and MNIST were chosen on the validation images. "Shifted" images are the test images
-turned by 90 degrees: AUROC says how well predictive entropy tells them from the others.
+the report alone; the default settings of digits and MNIST were chosen on the validation images. The shift AUROC says
+how well predictive entropy tells test images turned by 90 degrees from upright ones.
 
 Examples:
   python -m experiments.quickstart
@@ -67,7 +67,7 @@ OUTPUTS = (
 )
 # Never chosen on test images.
 CHOSEN = {
-    "digits": "lowest validation NLL of SWAG among 8 settings, seeds 0 to 2",
+    "digits": "lowest validation NLL of SWAG among 6 settings, seeds 0 to 2",
     "MNIST": "lowest validation NLL of SWAG among 4 settings, seed 0",
     "CIFAR10": "not chosen: close to the published settings of preactivation ResNets",
 }
