@@ -1,6 +1,6 @@
 """Rectangular blocks of a low-rank-plus-diagonal matrix."""
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from linear_operator.operators import LinearOperator
@@ -39,6 +39,33 @@ def positions(index: Index, size: int, device: torch.device) -> Tensor:
     return torch.where(index < 0, index + size, index).long()
 
 
+def plain_index(index: Any, shape: torch.Size) -> tuple[Any, ...]:
+    """Return ``index`` as one entry an axis, masks and lists as LongTensors and negative integers made positive.
+
+    `LinearOperator.__getitem__` refuses masks and takes ``-1`` for an empty slice.
+
+    Raises:
+        IndexError: If there are too many indices or an integer is out of range.
+    """
+    parts = list(index) if isinstance(index, tuple) else [index]
+    places = [i for i, part in enumerate(parts) if part is Ellipsis]
+    fill = [slice(None)] * (len(shape) - len(parts) + len(places[:1]))
+    if len(places) > 1 or len(parts) - len(places) > len(shape):
+        raise IndexError(f"too many indices for shape {tuple(shape)}: {index}.")
+    parts = parts[: places[0]] + fill + parts[places[0] + 1 :] if places else parts + fill
+    for axis, (part, size) in enumerate(zip(parts, shape, strict=True)):
+        if isinstance(part, list):
+            part = torch.tensor(part, dtype=torch.long if not part else None)
+        if isinstance(part, Tensor):
+            part = positions(part, size, part.device)
+        if isinstance(part, int):
+            if not -size <= part < size:
+                raise IndexError(f"index {part} is out of range for axis {axis} of shape {tuple(shape)}.")
+            part = part % size
+        parts[axis] = part
+    return tuple(parts)
+
+
 class LowRankPlusDiagBlock(LinearOperator):
     r"""The block ``Sigma[rows, columns]``: what ``Sigma[rows]`` is until ``[:, columns]`` makes it square again.
 
@@ -62,11 +89,18 @@ class LowRankPlusDiagBlock(LinearOperator):
         """The dtype of the whole matrix."""
         return self.base.dtype
 
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(plain_index(index, self.shape))
+
     def _transpose_nonbatch(self) -> "LowRankPlusDiagBlock":
         return LowRankPlusDiagBlock(self.base, self.columns, self.rows)
 
     def _expand_batch(self, batch_shape: torch.Size | list[int]) -> "LowRankPlusDiagBlock":
         return LowRankPlusDiagBlock(self.base._expand_batch(batch_shape), self.rows, self.columns)
+
+    def matmul(self, other: Tensor | LinearOperator) -> Any:
+        """Return the product with ``other``, directly: linear_operator's way would rebuild and refactorise the base."""
+        return super().matmul(other) if isinstance(other, LinearOperator) else self._matmul(other)
 
     def _matmul(self, rhs: Tensor) -> Tensor:
         """Return the product with ``rhs`` of shape ``(*B, n, S)``: embed in D coordinates, multiply, select."""

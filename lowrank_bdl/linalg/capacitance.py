@@ -99,7 +99,7 @@ def _point_masses(factors: LowRankFactors) -> Tensor | None:
     if diag.numel() == 0:
         return None
     smallest, largest = torch.aminmax(diag)
-    if not bool(torch.isfinite(smallest + largest)):
+    if not bool(torch.isfinite(smallest) & torch.isfinite(largest)):
         count = int((~diag.isfinite()).sum())
         raise NonFiniteError(f"the diagonal must be finite everywhere; got {count} NaN or infinite entries.")
     if bool(smallest > 0):

@@ -147,6 +147,12 @@ class LowRankPlusDiagState(LowRankRootAddedDiagLinearOperator):
         derivatives: tuple[Tensor | None, ...] = LinearOperator._bilinear_derivative(self, left_vecs, right_vecs)
         return derivatives
 
+    def representation(self) -> tuple[Tensor, ...]:
+        """Return the tensors, checked to be current: what is rebuilt from them knows of no pin."""
+        _ = self.factors
+        tensors: tuple[Tensor, ...] = super().representation()
+        return tensors
+
     def evaluate_kernel(self) -> Self:
         """Return the operator itself: nothing is lazy here, and its factorisation is worth keeping."""
         return self

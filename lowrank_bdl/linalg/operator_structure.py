@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lowrank_bdl.errors import ShapeError
-from lowrank_bdl.linalg.block import Index, LowRankPlusDiagBlock, positions, same_index
+from lowrank_bdl.linalg.block import Index, LowRankPlusDiagBlock, plain_index, positions, same_index
 from lowrank_bdl.linalg.operator_state import LowRankPlusDiagState
 
 
@@ -39,6 +39,9 @@ class LowRankPlusDiagStructure(LowRankPlusDiagState):
         diag = self.diag * (constant[..., None] if constant.ndim else constant).to(self.dtype)
         return self._derived(self.root, diag, mix * root, self.root_scale)
 
+    def __neg__(self) -> LinearOperator:
+        return self * -1
+
     def add_diagonal(self, diag: Tensor) -> Self:
         """Return Sigma + diag(``diag``), with ``diag`` of shape ``(*B, D)``, ``(*B, 1)`` or ``()``."""
         if diag.ndim and diag.shape[-1] not in (1, self.shape[-1]):
@@ -46,6 +49,7 @@ class LowRankPlusDiagStructure(LowRankPlusDiagState):
         return self._derived(self.root, self.diag + diag, self.mix, self.root_scale)
 
     def __add__(self, other: Any) -> LinearOperator:
+        _ = self.factors
         if isinstance(other, ZeroLinearOperator) or (isinstance(other, int | float) and other == 0):
             return self
         if isinstance(other, DiagLinearOperator):
@@ -135,6 +139,10 @@ class LowRankPlusDiagStructure(LowRankPlusDiagState):
         if axis >= len(self.batch_shape) or self.batch_shape[axis] != 1:
             return self
         return self._map(lambda t: t.squeeze(axis))
+
+    def __getitem__(self, index: Any) -> Any:
+        _ = self.factors
+        return super().__getitem__(plain_index(index, self.shape))
 
     def _getitem(self, row_index: Index, col_index: Index, *batch_indices: Index | int) -> LinearOperator:
         base = self._map(lambda t: t[batch_indices]) if batch_indices else self

@@ -136,6 +136,10 @@ class LowRankPlusDiagRoot(LinearOperator):
     def _expand_batch(self, batch_shape: torch.Size | list[int]) -> "LowRankPlusDiagRoot":
         return LowRankPlusDiagRoot(self.base._expand_batch(batch_shape), self.inverse_root, self.transposed)
 
+    def matmul(self, other: Tensor | LinearOperator) -> Any:
+        """Return the product with ``other``, directly: linear_operator's way would rebuild and refactorise the base."""
+        return super().matmul(other) if isinstance(other, LinearOperator) else self._matmul(other)
+
     def _matmul(self, rhs: Tensor) -> Tensor:
         """Return the product with ``rhs`` of shape ``(*B, D, S)``. Cost: two reads of the root.
 
