@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 # Okabe and Ito's palette: distinguishable with every common colour-vision deficiency.
 COLORS = {"SGD": "#000000", "SWA": "#009E73", "SWAG-Diag": "#0072B2", "SWAG": "#D55E00"}
@@ -215,4 +215,5 @@ def training_curves(path: Path, records: Sequence[Mapping[str, Any]], start: int
         top.legend(loc="best", fontsize=10)
         bottom.set_ylabel("learning rate")
         bottom.set_xlabel("epoch")
+        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
         _save(figure, path)
