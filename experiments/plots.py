@@ -92,7 +92,7 @@ def _plain_log_numbers(axes: Axes) -> None:
     low, high = axes.get_ylim()
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_major_formatter(plain)
-    axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0) if high / low > 8 else tuple(range(2, 10))))
     axes.yaxis.set_minor_formatter(plain if high / low < 300 else NullFormatter())
 
 
