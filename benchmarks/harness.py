@@ -52,7 +52,7 @@ class Contender:
         prepare: Makes the call to be timed from a problem; runs once, untimed.
         floor: A floor moves the bytes and draws the normals but computes nothing: it has no answer to check.
         package: The distribution it needs; reported "not installed" where that is missing.
-        need: Bytes it allocates on a problem, where that is known beforehand (a dense matrix, say).
+        need: Bytes it allocates at a size, where that is known beforehand (a dense matrix, say).
         note: A remark for the table, such as that it computes less than the others.
     """
 

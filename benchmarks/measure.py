@@ -23,7 +23,7 @@ def measure_memory(operation: str, contender: str, size: Size) -> dict[str, Any]
     """Return the peak of one call above its inputs [byte] and its time [s]; runs in a process of its own."""
     device = torch.device(size.device)
     kind, competitor = find(operation, contender, size)
-    warm_up = Size(8192, max(2, min(size.rank, 4)), size.dtype, size.device, "tiny" if size.model else None)
+    warm_up = Size(8192, size.rank, size.dtype, size.device, "tiny" if size.model else None)
     problem = kind.problem(warm_up)
     competitor.prepare(problem)()  # code, threads and BLAS buffers are in place before the measurement
     problem.close()
