@@ -1,1 +1,1 @@
-"""Time and memory against rank and size, beside peers and the limits of the machine (`python -m benchmarks.rank_scaling`)."""
+"""Time and memory against rank and size, beside peers and the machine's limits: `python -m benchmarks.rank_scaling`."""

@@ -73,9 +73,7 @@ def _collect(size: Size) -> Sequence[Contender]:
         return call
 
     return (
-        Contender(
-            peers.OURS, _collector(ours_make, lambda c, p: c.update_parameters(p.model), ours_read)
-        ),
+        Contender(peers.OURS, _collector(ours_make, lambda c, p: c.update_parameters(p.model), ours_read)),
         Contender(
             peers.HAND,
             _collector(

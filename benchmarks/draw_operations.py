@@ -142,7 +142,9 @@ def _components_contenders(size: Size) -> Sequence[Contender]:
 
         return call
 
-    def low_rank(problem: GaussianProblem, function: Callable[..., tuple[Tensor, Tensor, Tensor]], **options: Any) -> Call:
+    def low_rank(
+        problem: GaussianProblem, function: Callable[..., tuple[Tensor, Tensor, Tensor]], **options: Any
+    ) -> Call:
         root = problem.storage.mT
         q = min(k + 10, size.rank, size.numel)
 

@@ -55,7 +55,11 @@ def environment(device: torch.device) -> dict[str, Any]:
         "memory_bytes": total_memory(),
         "device": str(device),
         "threads": torch.get_num_threads(),
-        "clock": {"name": "time.perf_counter", "implementation": clock.implementation, "resolution_s": clock.resolution},
+        "clock": {
+            "name": "time.perf_counter",
+            "implementation": clock.implementation,
+            "resolution_s": clock.resolution,
+        },
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {package: version_of(package) for package in PACKAGES},

@@ -30,7 +30,9 @@ def best_reader(storage: Tensor, repeats: int = 3) -> str:
     return min(best, key=best.__getitem__)
 
 
-def machine_floors(device: torch.device, dtype: torch.dtype, num_bytes: int = 2**29, repeats: int = 7) -> dict[str, float]:
+def machine_floors(
+    device: torch.device, dtype: torch.dtype, num_bytes: int = 2**29, repeats: int = 7
+) -> dict[str, float]:
     """Return bandwidths [byte/s] and the cost of a normal [s], medians over repeats; every destination is touched.
 
     Args:

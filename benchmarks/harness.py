@@ -167,7 +167,11 @@ def compare(
 
 
 def _rounds(
-    calls: Mapping[str, Call], rows: Mapping[str, dict[str, Any]], device: torch.device, policy: Policy, rng: random.Random
+    calls: Mapping[str, Call],
+    rows: Mapping[str, dict[str, Any]],
+    device: torch.device,
+    policy: Policy,
+    rng: random.Random,
 ) -> None:
     """Run every call once a round in random order, until the budget is spent; append to ``times_s``."""
     names, start, count = list(calls), time.perf_counter(), 0

@@ -11,7 +11,9 @@ import lowrank_bdl as lb
 from benchmarks.problems import GaussianProblem
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # linear_operator scripts a function when it is imported; newer torch deprecates that
+    warnings.simplefilter(
+        "ignore"
+    )  # linear_operator scripts a function when it is imported; newer torch deprecates that
     from linear_operator.operators import (
         DiagLinearOperator,
         LowRankRootAddedDiagLinearOperator,

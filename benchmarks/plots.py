@@ -5,36 +5,38 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from benchmarks import peers  # noqa: E402
+from benchmarks import peers
+from benchmarks.report import seconds
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6a3d9a", "#7f7f7f")
-"""Okabe and Ito's palette, readable under every common colour blindness; markers differ as well."""
+"""Okabe and Ito's palette and two more, readable under every common colour blindness; markers differ as well."""
 MARKERS = "osD^vP<X"
-NAMES = (
-    peers.OURS,
-    peers.HAND,
-    peers.TORCH,
-    peers.SHIPPED,
-    peers.MIXED,
-    "torch.svd_lowrank",
-    "torch.pca_lowrank",
-    "scikit-learn randomized_svd",
-    peers.RELEASED,
-    peers.AVERAGED,
-    "our MultivariateNormal.rsample",
-    "torch.save",
-    "torch.load",
-    "fresh operator of that size",
-    "fresh operator, inputs ready",
-)
-STYLE = {name: (COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(NAMES)}
-STYLE[peers.MIXED] = ("#CC79A7", "v")
+STYLE = {
+    peers.OURS: ("#0072B2", "o"),
+    peers.HAND: ("#D55E00", "s"),
+    peers.TORCH: ("#009E73", "D"),
+    peers.SHIPPED: ("#CC79A7", "^"),
+    peers.MIXED: ("#6a3d9a", "v"),
+    "our MultivariateNormal.rsample": ("#7fb2d9", "h"),
+    "torch.svd_lowrank": ("#E69F00", "P"),
+    "torch.pca_lowrank": ("#a6761d", "p"),
+    "scikit-learn randomized_svd": ("#7f7f7f", "X"),
+    peers.RELEASED: ("#E69F00", "<"),
+    peers.AVERAGED: ("#7f7f7f", ">"),
+    "torch.save": ("#a6761d", "P"),
+    "torch.load": ("#a6761d", "P"),
+    "fresh operator of that size": ("#56B4E9", "d"),
+    "fresh operator, inputs ready": ("#444444", "d"),
+}
+NAMES = tuple(STYLE)
 FLOOR = "floor"
 
 
@@ -42,9 +44,24 @@ def _ticks(axes: Axes, ranks: Iterable[int]) -> None:
     axes.set_xscale("log")
     ranks = sorted(ranks)
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(True, alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _logarithmic(axis: Any, formatter: Any) -> None:
+    """Label a logarithmic axis with plain numbers, and with 1, 2 and 5 of each decade where it spans few."""
+    low, high = axis.get_view_interval()
+    decades = np.log10(high / low) if low > 0 else 1.0
+    subs = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
+    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=20))
+    axis.set_major_formatter(formatter)
+    axis.set_minor_formatter(NullFormatter())
+
+
+PLAIN = FuncFormatter(lambda value, _: f"{value:,.10g}")
+"""Numbers as people write them."""
+SECONDS = EngFormatter("s", sep="\N{THIN SPACE}")
 
 
 def _series(cells: Iterable[Mapping[str, Any]], field: Any) -> dict[str, list[tuple[int, float]]]:
@@ -60,7 +77,9 @@ def _series(cells: Iterable[Mapping[str, Any]], field: Any) -> dict[str, list[tu
 
 def _legend(figure: Figure, handles: Mapping[str, Any], columns: int = 4) -> None:
     """Put one legend for all axes under them."""
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+    )
 
 
 def time_against_rank(record: Mapping[str, Any], numel: int) -> Figure | None:
@@ -71,7 +90,9 @@ def time_against_rank(record: Mapping[str, Any], numel: int) -> Figure | None:
         return None
     columns = min(4, len(swept))
     lines = -(-len(swept) // columns)
-    figure, grid = plt.subplots(lines, columns, figsize=(3.1 * columns, 2.7 * lines + 0.9), squeeze=False, layout="constrained")
+    figure, grid = plt.subplots(
+        lines, columns, figsize=(3.1 * columns, 2.7 * lines + 0.9), squeeze=False, layout="constrained"
+    )
     handles: dict[str, Any] = {}
     for axes, name in zip(grid.flat, swept, strict=False):
         for who, points in _series(_of(cells, name), lambda row, cell: row.get("median_s")).items():
@@ -79,12 +100,13 @@ def time_against_rank(record: Mapping[str, Any], numel: int) -> Figure | None:
             style = {"linestyle": "--", "linewidth": 1.4} if who == FLOOR else {"marker": marker, "markersize": 4.5}
             (handles[who],) = axes.plot(*zip(*points, strict=True), color=color, **style)
         axes.set_yscale("log")
+        _logarithmic(axes.yaxis, SECONDS)
         _ticks(axes, {c["rank"] for c in _of(cells, name)})
         axes.set_title(_of(cells, name)[0]["title"], fontsize=10)
     for axes in grid.flat[len(swept) :]:
         axes.set_visible(False)
     for axes in grid[:, 0]:
-        axes.set_ylabel("median time [s]")
+        axes.set_ylabel("median time")
     for index, axes in enumerate(grid.flat[: len(swept)]):
         if index + columns >= len(swept):
             axes.set_xlabel("rank K")
@@ -108,6 +130,7 @@ def memory_against_rank(record: Mapping[str, Any]) -> Figure | None:
         left.plot(ranks, theory, color="black", linestyle="--", label="(K + 3)·D·itemsize")
         left.plot(*zip(*points, strict=True), color=COLORS[0], marker="o", linestyle="", markersize=7, label="measured")
         left.set_yscale("log")
+        _logarithmic(left.yaxis, PLAIN)
         _ticks(left, ranks)
         left.legend(frameon=False)
         left.set_title(f"state of a collector, D = {states[0]['numel']:,}", fontsize=10)
@@ -119,7 +142,9 @@ def memory_against_rank(record: Mapping[str, Any]) -> Figure | None:
         swept = [n for n in dict.fromkeys(c["operation"] for c in cells) if len(_of(cells, n)) > 1]
         ranks = sorted({c["rank"] for c in cells})
         unit = cells[0]["dk_bytes"] / cells[0]["rank"] / 2**20
-        right.plot(ranks, [rank * unit for rank in ranks], color="black", linestyle="--", label="K·D·itemsize (the deviations)")
+        right.plot(
+            ranks, [rank * unit for rank in ranks], color="black", linestyle="--", label="K·D·itemsize (the deviations)"
+        )
         for i, name in enumerate(swept):
             line = [(c["rank"], max(_extra_of(c) or 0, 2**16) / 2**20) for c in _of(cells, name)]
             right.plot(
@@ -131,6 +156,7 @@ def memory_against_rank(record: Mapping[str, Any]) -> Figure | None:
                 label=_of(cells, name)[0]["title"],
             )
         right.set_yscale("log")
+        _logarithmic(right.yaxis, PLAIN)
         _ticks(right, ranks)
         right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
         right.set_title(f"ours beyond inputs and result, D = {numel:,}", fontsize=10)
@@ -149,18 +175,20 @@ def ratio_bars(record: Mapping[str, Any], numel: int) -> Figure | None:
         for c in record["cells"]
         if c["rank"] == main and c["operation"] != "state" and (c["numel"] == numel or c["model"] is not None)
     ]
-    groups = [(c, [r for r in c["rows"] if peers.OURS in r.get("ratios", {})]) for c in cells]
-    groups = [(cell, rows) for cell, rows in groups if any(r["contender"] != peers.OURS for r in rows)]
+    groups = [(c, [r for r in c["rows"] if peers.OURS in r.get("ratios", {}) or r["status"] == "wrong"]) for c in cells]
+    groups = [(cell, rows) for cell, rows in groups if any(_other(r) for r in rows)]
     if not groups:
         return None
-    height = sum(max(1, len([r for r in rows if not r["floor"] and r["contender"] != peers.OURS])) + 1 for _, rows in groups)
+    height = sum(max(1, sum(map(_other, rows))) + 1 for _, rows in groups)
     figure, axes = plt.subplots(figsize=(9.5, 0.21 * height + 1.6), layout="constrained")
     y, places, titles, handles, low, high = 0.0, [], [], {}, 0.5, 2.0
     for cell, rows in groups:
-        bars = [r for r in rows if not r["floor"] and r["contender"] != peers.OURS]
         top = y
-        for row in bars or [None]:
-            if row is not None:
+        for row in filter(_other, rows):
+            if row["status"] == "wrong":
+                said = f"{row['contender']}: wrong after {seconds(row['first_call_s'])}"
+                axes.text(1.05, y, said, va="center", fontsize=7.5, style="italic", color="#555555")
+            else:
                 ratio = row["ratios"][peers.OURS]
                 color = STYLE.get(row["contender"], (COLORS[-1], "X"))[0]
                 bar = axes.barh(y, ratio["median"] - 1, left=1, height=0.85, color=color)
@@ -171,25 +199,36 @@ def ratio_bars(record: Mapping[str, Any], numel: int) -> Figure | None:
                 axes.text(end * 1.05, y, f"{ratio['median']:.3g}×", va="center", fontsize=7.5)
                 low, high = min(low, ratio["median"]), max(high, end)
             y += 1
-        for row in (r for r in rows if r["floor"]):
+        for row in (r for r in rows if r["floor"] and r["times_s"]):
             value = row["ratios"][peers.OURS]["median"]
             handles[FLOOR] = axes.vlines(value, top - 0.6, y - 0.4, color="black", linestyle="--", linewidth=1.4)
             low, high = min(low, value), max(high, value)
+        y = max(y, top + 1)
         places.append((top + y - 1) / 2)
-        titles.append(cell["title"] + (f" ({cell['model']})" if cell["model"] else ""))
+        titles.append(
+            cell["title"].replace(" (half the parameters)", "") + (f" ({cell['model']})" if cell["model"] else "")
+        )
         y += 1
     axes.axvline(1.0, color="#555555", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_xlim(low * 0.8, high * 1.7)
+    axes.set_xlim(low * 0.8, max(high * 1.7, 5.0))
+    _logarithmic(axes.xaxis, PLAIN)
     axes.set_yticks(places, titles)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(y - 0.5, -1)
     axes.set_xlabel("time as a multiple of ours (right of 1: slower than ours)")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(True, axis="x", alpha=0.25, linewidth=0.6)
-    axes.set_title(f"D = {numel:,}, K = {main}, {record['settings']['dtype']}; wrong answers are not timed", fontsize=11)
+    axes.set_title(
+        f"D = {numel:,}, K = {main}, {record['settings']['dtype']}; wrong answers are not timed", fontsize=11
+    )
     _legend(figure, _floor_last(handles), columns=3)
     return figure
+
+
+def _other(row: Mapping[str, Any]) -> bool:
+    """Whether a row has a line of its own in the bars: neither ours nor a floor."""
+    return not row["floor"] and row["contender"] != peers.OURS
 
 
 def _of(cells: Iterable[Mapping[str, Any]], operation: str) -> list[Mapping[str, Any]]:

@@ -171,7 +171,7 @@ class CollectProblem:
         assert size.model is not None
         self.size, self.device, self.dtype = size, torch.device(size.device), getattr(torch, size.dtype)
         self.model = TensorBag(model_shapes(size.model), self.dtype, self.device)
-        self.parameters = [p for p in self.model.parameters()]
+        self.parameters = list(self.model.parameters())
         self.start = [p.detach().clone() for p in self.parameters]
         self.num_snapshots = size.rank + 2
 

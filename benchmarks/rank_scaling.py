@@ -25,12 +25,16 @@ if TYPE_CHECKING:
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     result = argparse.ArgumentParser(
-        prog="python -m benchmarks.rank_scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.rank_scaling",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument("--quick", action="store_true", help="small sizes and few rounds")
     result.add_argument("--dims", type=_count, nargs="+", help="sizes D, such as 1e5 1e6 1e7 3.6e7")
     result.add_argument("--ranks", type=_count, nargs="+", help="ranks K; default 1 5 10 20 50 100")
-    result.add_argument("--main-rank", type=_count, help="rank at which everything is measured; default 20, else the largest")
+    result.add_argument(
+        "--main-rank", type=_count, help="rank at which everything is measured; default 20, else the largest"
+    )
     result.add_argument("--models", nargs="*", choices=("330-tensors", "36M", "tiny"), help="networks to collect from")
     result.add_argument("--operations", nargs="+", help="names of operations; all by default")
     result.add_argument("--dtype", choices=("float32", "float64"), default="float32")
@@ -40,10 +44,14 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--no-memory", action="store_true", help="leave out the measurements of memory")
     result.add_argument("--no-plots", action="store_true")
     result.add_argument("--seed", type=int, default=0)
-    result.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="a directory or a .json file")
+    result.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results", help="a directory or a .json file"
+    )
     result.add_argument("--label", help="hardware in file names, such as 2-core-cpu; found out by default")
     result.add_argument("--resume", action="store_true", help="go on with the same output file")
-    result.add_argument("--report-only", action="store_true", help="write tables and plots of an existing --out file again")
+    result.add_argument(
+        "--report-only", action="store_true", help="write tables and plots of an existing --out file again"
+    )
     return result
 
 
@@ -103,7 +111,13 @@ def _settings(options: argparse.Namespace) -> "Settings":
     if options.quick:
         dims, ranks, models, state_model, scale = (50_000,), (5, 20), ("330-tensors",), "330-tensors", 0.05
     else:
-        dims, ranks, models, state_model, scale = defaults.dims, defaults.ranks, defaults.models, defaults.state_model, 1.0
+        dims, ranks, models, state_model, scale = (
+            defaults.dims,
+            defaults.ranks,
+            defaults.models,
+            defaults.state_model,
+            1.0,
+        )
     ranks = tuple(options.ranks) if options.ranks else ranks
     main_rank = options.main_rank or (defaults.main_rank if defaults.main_rank in ranks else max(ranks))
     if options.models is not None:

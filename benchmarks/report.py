@@ -57,11 +57,18 @@ def _memory(row: Mapping[str, Any]) -> str:
 def _remark(row: Mapping[str, Any]) -> str:
     parts = [row["note"]] if row["note"] else []
     if row["status"] != "ok":
-        parts.append(row["reason"] or {"once": "timed once: its first call took over 5 s"}.get(row["status"], row["status"]))
+        parts.append(
+            row["reason"] or {"once": "timed once: its first call took over 5 s"}.get(row["status"], row["status"])
+        )
     if row["status"] == "wrong" and row["first_call_s"] is not None:
         parts.append(f"after {seconds(row['first_call_s'])}")
     memory = row.get("memory")
-    if memory is not None and memory["status"] != "ok" and memory["reason"] != row["reason"] and row["status"] != "failed":
+    if (
+        memory is not None
+        and memory["status"] != "ok"
+        and memory["reason"] != row["reason"]
+        and row["status"] != "failed"
+    ):
         parts.append(f"memory: {memory['reason']}")
     return "; ".join(parts).replace("|", "/").replace("\n", " ")
 
@@ -102,8 +109,8 @@ def _targets(record: Mapping[str, Any]) -> list[str]:
     if slope is not None:
         lines += [
             f"Stored state against rank: {slope['slope']:.4f} K + {slope['intercept']:.3f} in units of D·itemsize "
-            f"(theory: K + 3), largest departure of a row {slope['worst_row']:.2%} over {slope['rows']} rows of at least "
-            f"256 MB: {'met' if slope['met'] else '**missed**'}.",
+            f"(theory: K + 3), largest departure of a row {slope['worst_row']:.2%} over {slope['rows']} rows "
+            f"of at least 256 MB: {'met' if slope['met'] else '**missed**'}.",
             "",
         ]
     return lines
@@ -167,9 +174,9 @@ def markdown(record: Mapping[str, Any], plots: Iterable[str] = ()) -> str:
         f"write counted), {floors['seconds_per_normal'] * 1e9:.2f} ns a normal. "
         f"Run in {record['wall_s'] / 60:.0f} min{'' if record['finished'] else ', unfinished'}.",
         "",
-        "Times are medians; ratios are paired within rounds, with bootstrap 95 % intervals. Memory is the peak of a process",
-        "of its own above its inputs, less the result, in units of one D x K tensor. A wrong answer is not timed. Outputs",
-        "are fresh for all, floors included; the floors are measured in the same rounds.",
+        "Times are medians; ratios are paired within rounds, with bootstrap 95 % intervals. Memory is the peak of a",
+        "process of its own above its inputs, less the result, in units of one D x K tensor. A wrong answer is not",
+        "timed. Outputs are fresh for all, floors included; the floors are measured in the same rounds.",
         "",
         *_targets(record),
         *_sweep(record),

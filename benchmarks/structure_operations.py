@@ -187,7 +187,9 @@ def _marginal(size: Size) -> Sequence[Contender]:
 
     def copy(problem: GaussianProblem) -> Call:
         storage, keep = problem.storage, len(problem.index)
-        return lambda: torch.empty(len(storage), keep, dtype=storage.dtype, device=storage.device).copy_(storage[:, :keep])
+        return lambda: torch.empty(len(storage), keep, dtype=storage.dtype, device=storage.device).copy_(
+            storage[:, :keep]
+        )
 
     return (
         Contender(peers.OURS, ours),
@@ -373,7 +375,7 @@ OPERATIONS = (
     ),
     Operation(
         name="marginal",
-        title="marginal over half the parameters",
+        title="marginal (half the parameters)",
         contenders=_marginal,
         check=_marginal_check,
         result_bytes=lambda size: fresh(size, factor=1, root=0.5),

@@ -121,7 +121,9 @@ def plan(settings: Settings) -> tuple[list[Cell], list[str]]:
         cells += [Cell(n, size(numel, rank), full=False, memory_of=of) for rank in others for n in swept]
     if settings.quick:
         heavy = sorted({c for n in names for c in REGISTRY[n].heavy})
-        left_out.append(f"in a quick run, where they take long or repeat a row: {', '.join(heavy)}; memory of all but ours")
+        left_out.append(
+            f"in a quick run, where they take long or repeat a row: {', '.join(heavy)}; memory of all but ours"
+        )
     if others:
         unswept = [REGISTRY[n].title for n in gaussian if n not in swept]
         if unswept:
@@ -244,7 +246,9 @@ class Run:
         need = above + input_bytes(cell.size, REGISTRY[cell.operation])
         if free is not None and need > MEMORY_SHARE * free:
             gib = 2.0**30
-            return f"predicted to need {need / gib:.1f} GiB, more than {MEMORY_SHARE:.0%} of the {free / gib:.1f} GiB free"
+            return (
+                f"predicted to need {need / gib:.1f} GiB, more than {MEMORY_SHARE:.0%} of the {free / gib:.1f} GiB free"
+            )
         if seconds is not None and seconds > MAX_SECONDS:
             return f"predicted to take {seconds:.0f} s a call, more than {MAX_SECONDS:.0f} s"
         return None
@@ -300,7 +304,12 @@ class Run:
         row = {"contender": name, "floor": False, "note": "memory only", "status": memory["status"], "error": None}
         if row["status"] == "timeout":
             row["status"] = "failed"
-        return row | {"reason": memory.get("reason"), "errors": {}, "first_call_s": memory.get("seconds"), "times_s": []}
+        return row | {
+            "reason": memory.get("reason"),
+            "errors": {},
+            "first_call_s": memory.get("seconds"),
+            "times_s": [],
+        }
 
     def _finish(
         self, cell: Cell, operation: Operation, rows: list[dict[str, Any]], memories: Mapping[str, dict[str, Any]]

@@ -23,8 +23,8 @@ class Target:
         operation: Which.
         limit: Largest value allowed.
         against: Contender whose time ours is divided by; None for memory or an error.
-        extra: ``"dk"`` for memory beyond inputs and result in units of D·K·itemsize, ``"result"`` in units of the result,
-            ``"dk_all"`` for memory beyond the inputs, results included, in units of D·K·itemsize.
+        extra: ``"dk"`` for memory beyond inputs and result in units of D·K·itemsize, ``"result"`` in those of the
+            result, ``"dk_all"`` for memory beyond the inputs, results included, in units of D·K·itemsize.
         error: Name of an error of the answer.
         who: The contender that is judged.
         model: The network it holds for; None for all sizes.
@@ -81,7 +81,7 @@ TARGET_DIMS = (1_000_000, 10_000_000)
 
 
 def judge(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return every target with the value reached at each size it holds for; ``met`` is None where it was not measured."""
+    """Return every target with the value reached at each of its sizes; ``met`` is None where it was not measured."""
     return [entry for target in TARGETS for entry in _judged(target, record)]
 
 

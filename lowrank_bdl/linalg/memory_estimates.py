@@ -111,7 +111,7 @@ def estimate_memory(
         >>> estimate_memory(36_500_000, 20, "state").result / 2**30  # GiB
         3.127...
         >>> print(estimate_memory(36_500_000, 20, "sample", samples=30))
-        7.08 GiB (inputs 2.99, result 4.08, temporaries 0.01)
+        7.07 GiB (inputs 2.99, result 4.08, temporaries 0.00)
     """
     if operation not in OPERATIONS:
         raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}; got {operation!r}.")
@@ -148,11 +148,11 @@ def estimate_memory(
         "indexed_solve": (
             rows + (1 + samples) * vector + index,
             round(fraction * samples * vector),
-            kept_rows + kept * dtype.itemsize + 2 * index + decoded + chunk,
+            kept_rows + kept * dtype.itemsize + 6 * index + decoded + chunk,
         ),
         "diagonal": (rows + vector, vector, decoded + chunk),
         "principal_components": (rows + vector, samples * vector, decoded + double),
-        "marginal": (rows + 2 * vector, kept_rows + 2 * kept * dtype.itemsize, 2 * index),
+        "marginal": (rows + 2 * vector, kept_rows + 2 * kept * dtype.itemsize, 4 * index),
         "save": (rows + 2 * vector, 0, 0),
         "load": (0, rows + 2 * vector, 0),
         "predict": (rows + 2 * vector, samples * vector, decoded),
