@@ -39,6 +39,6 @@ def exact_gaussian(root: Tensor, diag: Tensor, x: Tensor, digits: int = 80) -> t
             matrix[i, i] += mpmath.mpf(value)
         cholesky = mpmath.cholesky(matrix)
         vector = mpmath.matrix([mpmath.mpf(v) for v in x.double().tolist()])
-        solution = mpmath.L_solve(cholesky, vector)
+        solution = mpmath.lu_solve(matrix, vector)
         logdet = 2 * mpmath.fsum(mpmath.log(cholesky[i, i]) for i in range(len(rows)))
-        return float(logdet), float(mpmath.fsum(v * v for v in solution))
+        return float(logdet), float(mpmath.fsum(v * w for v, w in zip(vector, solution, strict=True)))

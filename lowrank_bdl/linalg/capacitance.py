@@ -128,9 +128,9 @@ def sum_log(factors: LowRankFactors) -> Tensor:
     Four float32 numbers multiply without overflow in float64, which leaves a quarter of the logarithms to take.
     """
     total = factors.zeros()
-    for part in factors.chunks():
+    for part in factors.chunks(1, factors.root.dtype):
         chunk = factors.diag[..., part].double()
-        chunk = torch.where(chunk > 0, chunk, 1.0)
+        chunk = chunk.masked_fill(chunk == 0, 1.0)
         if factors.diag.dtype is torch.float32 and chunk.shape[-1] % 4 == 0:
             chunk = chunk.unflatten(-1, (4, -1)).prod(-2)
         total += chunk.log().sum(-1)

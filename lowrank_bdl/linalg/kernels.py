@@ -20,7 +20,7 @@ def matmul(factors: LowRankFactors, columns: Tensor) -> Tensor:
     dtype = factors.diag.dtype
     inner = factors.mix_forward(factors.mix_transposed(project(factors, columns))).to(dtype)  # (*B, K, S)
     result = torch.empty((*factors.batch_shape, factors.dim, columns.shape[-1]), dtype=dtype, device=columns.device)
-    for part in factors.chunks():
+    for part in factors.chunks(max(1, columns.shape[-1])):
         chunk = result[..., part, :]
         torch.mul(factors.diag[..., part, None], columns[..., part, :], out=chunk)
         lift_(chunk, factors.rows(part, dtype), inner)
@@ -36,6 +36,9 @@ def lift_(target: Tensor, rows: Tensor, inner: Tensor, sign: float = 1.0) -> Ten
         inner: Shape ``(*B, K, S)``.
         sign: Factor of the product.
     """
+    if target.ndim == 2 and target.shape[-1] == 1:
+        target.squeeze(-1).addmv_(rows.mT, inner.squeeze(-1), alpha=sign)
+        return target
     if target.ndim == 2:
         return target.addmm_(rows.mT, inner, alpha=sign)
     return target.add_(rows.mT @ inner, alpha=sign)
@@ -63,7 +66,8 @@ def draw(
     r"""Draw from :math:`N(m, \Sigma)`: :math:`m + \sqrt d \odot z_1 + R M z_2`, shape ``(S, *B, D)``.
 
     One pass over the root serves all S draws, and the result holds the normals :math:`z_1` before they are scaled,
-    so nothing of its size is allocated beside it. The stream of normals does not depend on the chunk size.
+    so nothing of its size is allocated beside it (a block of 16,384 coordinates for S > 1). A seeded generator gives
+    the same draws whatever the chunk size of the other kernels.
 
     Args:
         factors: The matrix.
@@ -81,24 +85,42 @@ def draw(
 
         return fused_draw(factors, inner, generator, mean)
     result = torch.empty((num_samples, *batch, factors.dim), dtype=dtype, device=device)
-    return finish_draw_(factors, result.normal_(generator=generator), inner, mean)
+    noise = result if num_samples == 1 else result.new_empty(num_samples, *batch, min(NOISE_BLOCK, factors.dim))
+    for start in range(0, factors.dim if num_samples else 0, NOISE_BLOCK):
+        part = slice(start, min(start + NOISE_BLOCK, factors.dim))
+        block = noise[..., part] if num_samples == 1 else noise[..., : part.stop - part.start]
+        finish_draw_(factors, block.normal_(generator=generator), part, inner, mean)
+        if num_samples > 1:
+            result[..., part] = block
+    return result
 
 
-def finish_draw_(factors: LowRankFactors, noise: Tensor, inner: Tensor, mean: Tensor | None) -> Tensor:
-    r"""Turn standard normals ``noise`` :math:`z_1`, shape ``(S, *B, D)``, into draws in place and return them.
+NOISE_BLOCK = 16_384
+"""Coordinates whose normals are drawn together: small enough to be used while they are in the cache. The stream of a
+seeded generator depends on it, and on nothing else, so it never changes."""
+
+
+def finish_draw_(
+    factors: LowRankFactors, noise: Tensor, part: slice, inner: Tensor, mean: Tensor | None = None
+) -> Tensor:
+    r"""Turn standard normals :math:`z_1` of some coordinates into draws, in place, and return them.
 
     Args:
         factors: The matrix.
-        noise: :math:`z_1`, overwritten.
+        noise: :math:`z_1` of the coordinates ``part``, shape ``(S, *B, n)``; overwritten.
+        part: The coordinates.
         inner: :math:`M z_2`, shape ``(*B, K, S)``.
         mean: :math:`m`, shape ``(*B, D)``, or None for zero.
     """
-    columns, dtype = noise.movedim(0, -1), factors.diag.dtype  # (*B, D, S)
-    for part in factors.chunks():
-        chunk = columns[..., part, :].mul_(factors.diag[..., part, None].sqrt())
-        if mean is not None:
-            chunk += mean[..., part, None]
-        lift_(chunk, factors.rows(part, dtype), inner)
+    noise.mul_(factors.diag[..., part].sqrt())
+    if mean is not None:
+        noise += mean[..., part]
+    columns = noise.movedim(0, -1)  # (*B, n, S)
+    rows = factors.rows(part, factors.diag.dtype)
+    if columns.ndim == 2 and len(noise) > 1:
+        noise.addmm_(inner.mT, rows)
+    else:
+        lift_(columns, rows, inner)
     return noise
 
 

@@ -15,10 +15,13 @@ the two log-determinants.
 import torch
 from torch import Tensor
 
+from lowrank_bdl.errors import NotPSDError
 from lowrank_bdl.linalg.capacitance import Capacitance, factorize
 from lowrank_bdl.linalg.factors import LowRankFactors, inverse_std
 from lowrank_bdl.linalg.stiff import stiff_ridge
 
+LOST = 1e-8
+"""Largest estimated error of a divergence [nat, or relative to it above one nat] with which it is returned."""
 RESIDUAL_TOLERANCE = 1e-10
 """Largest squared error, relative to the residual, that the Gram route may cause before the QR route is taken."""
 
@@ -31,6 +34,9 @@ def kl_low_rank(p: LowRankFactors, q: LowRankFactors, mean_p: Tensor, mean_q: Te
         q: Covariance of q, with batch shape ``*B``.
         mean_p: Shape ``(*B, D)``.
         mean_q: Shape ``(*B, D)``.
+
+    Raises:
+        NotPSDError: If a covariance has no density, or even float64 loses the result.
 
     Cost: two reads of each root and O(D (K_p + K_q)^2) time in float64; temporaries of a chunk.
     """
@@ -61,6 +67,12 @@ def kl_low_rank(p: LowRankFactors, q: LowRankFactors, mean_p: Tensor, mean_q: Te
         quadratic = stiff_ridge(q, every)[0].sum(-1)
     leverage = cap_q.solve(q.mixed_gram(weighted)).diagonal(dim1=-2, dim2=-1).sum(-1)
     total = log_ratio - leverage + quadratic + _log_capacitance(cap_q) - _log_capacitance(cap_p)
+    floor = torch.finfo(wide).eps ** 2 * start  # rounding the columns alone moves the squared residuals by this
+    if bool(((floor > LOST * total.abs().clamp_min(1.0)) & ~singular).any()):
+        raise NotPSDError(
+            "the KL divergence needs variances that are not too far below the deviations; float64 leaves an error of "
+            f"about {floor.max().item():.0e} nat. Raise the smallest variances with add_jitter()."
+        )
     return (0.5 * total).masked_fill(singular, float("inf"))
 
 

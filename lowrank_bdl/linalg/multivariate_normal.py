@@ -81,14 +81,16 @@ class MultivariateNormal(gpytorch.distributions.MultivariateNormal):
         """
         if value.shape[-1] != self.loc.shape[-1]:
             raise ShapeError(f"value must be (..., {self.loc.shape[-1]}); got {tuple(value.shape)}.")
-        sigma = self._sigma
-        if isinstance(sigma, InverseLowRankPlusDiagLinearOperator) or self.loc.shape[:-1] != sigma._core.batch_shape:
+        sigma, loc = self._sigma, self.loc
+        core = torch.Size() if isinstance(sigma, InverseLowRankPlusDiagLinearOperator) else sigma._core.batch_shape
+        while loc.ndim > len(core) + 1 and loc.stride(0) == 0:  # an expanded mean is one mean
+            loc = loc[0]
+        if isinstance(sigma, InverseLowRankPlusDiagLinearOperator) or loc.shape[:-1] != core:
             difference = (value - self.loc).unsqueeze(-1)
             quadratic, log_det = sigma.inv_quad_logdet(difference, logdet=True)
         else:  # the mean is subtracted chunk by chunk: no difference of the size of value is formed
-            core = sigma._core.batch_shape
             fold = Fold(value.unsqueeze(-1), self.batch_shape, core, value.shape[-1])
-            columns, log_det = sigma._inv_quad_logdet(fold.columns, self.loc)
+            columns, log_det = sigma._inv_quad_logdet(fold.columns, loc)
             quadratic = fold.undo(columns.unsqueeze(-2)).squeeze(-1).squeeze(-1)
         return -0.5 * (quadratic + log_det + self._num_free() * LOG_2PI)
 

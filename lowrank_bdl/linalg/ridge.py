@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowrank_bdl.errors import NotPSDError
 from lowrank_bdl.linalg.capacitance import Capacitance, factorize
-from lowrank_bdl.linalg.factors import LowRankFactors, inverse_std
+from lowrank_bdl.linalg.factors import LowRankFactors, inverse_std, inverse_variance, multiply
 from lowrank_bdl.linalg.kernels import lift_
 from lowrank_bdl.linalg.stiff import stiff_ridge
 
@@ -86,10 +86,7 @@ def ridge(
             capacitance = factorize(factors, least="double")
         if capacitance.method == "qr" or (capacitance.method == "double" and dtype is not torch.float64):
             continue
-        inner = factors.zeros(factors.root.shape[-1], columns.shape[-1])
-        for part in factors.chunks():
-            weight = inverse_std(factors.diag[..., part], dtype).square().unsqueeze(-1)
-            inner += (factors.rows(part, dtype) @ _centre(columns, mean, part, dtype).mul_(weight)).double()
+        inner = _weighted_projection(factors, columns, mean, dtype)
         weights = capacitance.solve(factors.mix_transposed(inner))
         residual = _residual(factors, weights, columns, mean, dtype, solve)
         quadratic = residual.square + weights.square().sum(-2)
@@ -123,7 +120,7 @@ def _error(
     """Return the estimated error of a pass in ``dtype`` as a multiple of its tolerance; NaN columns count as none."""
     if quadratic.numel() == 0:
         return 0.0
-    eps = 4 * torch.finfo(dtype).eps
+    eps = 8 * torch.finfo(dtype).eps
     spread = math.sqrt(max(1.0, capacitance.amplification))
     ratio = eps * _ratio(residual.start, quadratic)
     error = ((ratio * spread).square() + ratio / math.sqrt(factors.dim)) / QUADRATIC_TOLERANCE
@@ -151,18 +148,33 @@ def _residual(
     if solve:
         shape = (*factors.batch_shape, factors.dim, count)
         solution = torch.empty(shape, dtype=factors.diag.dtype, device=factors.diag.device)
-    for part in factors.chunks():
+    for part in factors.chunks(max(1, count), dtype):
         scale = inverse_std(factors.diag[..., part], dtype).unsqueeze(-1)
         chunk = _centre(columns, mean, part, dtype)
-        scaled = (chunk * scale).double()
-        start += scaled.square().sum(-2)
+        scaled = chunk * scale
+        start += sum_of_squares(scaled)
+        if solution is not None:
+            solution_start += sum_of_squares(scaled.mul_(scale))
         chunk = lift_(chunk, factors.rows(part, dtype), inner, sign=-1.0).mul_(scale)
-        square += chunk.double().square().sum(-2)
+        square += sum_of_squares(chunk)
         if solution is not None:
             solution[..., part, :] = chunk.mul_(scale)
-            solution_square += chunk.double().square().sum(-2)
-            solution_start += scaled.mul_(scale).square_().sum(-2)
+            solution_square += sum_of_squares(chunk)
     return _Residual(square, start, solution, solution_square, solution_start)
+
+
+def _weighted_projection(factors: LowRankFactors, columns: Tensor, mean: Tensor | None, dtype: torch.dtype) -> Tensor:
+    r"""Return :math:`R^\top D^{-1} x` in float64, ``(*B, K, S)``, with products in ``dtype``."""
+    total = factors.zeros(factors.root.shape[-1], columns.shape[-1])
+    for part in factors.chunks(max(1, columns.shape[-1]), dtype):
+        weight = inverse_variance(factors.diag[..., part], dtype).unsqueeze(-1)
+        total += multiply(factors.rows(part, dtype), _centre(columns, mean, part, dtype).mul_(weight)).double()
+    return total
+
+
+def sum_of_squares(columns: Tensor) -> Tensor:
+    """Return the sum over the second-last axis of the squares: products in the dtype given, the sum in float64."""
+    return columns.square().sum(-2, dtype=torch.float64)
 
 
 def _centre(columns: Tensor, mean: Tensor | None, part: slice, dtype: torch.dtype) -> Tensor:
