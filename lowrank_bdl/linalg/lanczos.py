@@ -159,7 +159,7 @@ class _Basis:
         self.product = operator.matmul if isinstance(operator, LinearOperator) else operator
         self.capacity, self.generator = capacity, generator
         self.rows = start.new_empty(capacity + 1, len(start))
-        self.rows[0] = start / torch.linalg.vector_norm(start)
+        self.rows[0] = start / _norm(start)
         self.projected = torch.zeros(capacity, capacity, dtype=torch.float64, device=start.device)
         self.size = 0  # rows with a complete column of T
         self.last_norm = torch.zeros((), dtype=torch.float64, device=start.device)
@@ -171,12 +171,12 @@ class _Basis:
             j = self.size
             new = self.product(self.rows[j]).detach().clone()
             self.num_matvecs += 1
-            norm = torch.linalg.vector_norm(new)
+            norm = _norm(new)
             weights = self._orthogonalize(new, j + 1)
             self.projected[j, : j + 1] = weights
             self.projected[: j + 1, j] = weights
-            self.last_norm = torch.linalg.vector_norm(new).double()
-            before, after = torch.stack((norm.double(), self.last_norm)).tolist()
+            self.last_norm = _norm(new)
+            before, after = torch.stack((norm, self.last_norm)).tolist()
             if not before < float("inf"):
                 raise NonFiniteError(f"product {self.num_matvecs} with the operator holds NaN or infinity.")
             self.size = j + 1
@@ -188,7 +188,7 @@ class _Basis:
                 new.normal_(generator=self.generator)
                 self._orthogonalize(new, j + 1)
                 self._orthogonalize(new, j + 1)
-            self.rows[j + 1] = new / torch.linalg.vector_norm(new)
+            self.rows[j + 1] = new / _norm(new)
 
     def _orthogonalize(self, new: Tensor, count: int) -> Tensor:
         """Remove the span of the first ``count`` rows from ``new`` in place, in two passes; return the coefficients."""
@@ -228,6 +228,11 @@ class _Basis:
         residuals = torch.zeros_like(values)
         for i in range(count):
             product = self.product(rows[i]).detach()
-            residuals[i] = torch.linalg.vector_norm(product - values[i].to(rows.dtype) * rows[i]).double()
+            residuals[i] = _norm(product - values[i].to(rows.dtype) * rows[i])
         self.num_matvecs += count
         return Eigenpairs(values, rows.mT, residuals, residuals <= tolerance, self.num_matvecs)
+
+
+def _norm(vector: Tensor) -> Tensor:
+    """Return the 2-norm in float64: the squares of a float32 vector of 1e-20 would underflow."""
+    return torch.linalg.vector_norm(vector, dtype=torch.float64)

@@ -42,7 +42,8 @@ def stiff_ridge(factors: LowRankFactors, columns: Tensor) -> tuple[Tensor, Tenso
     """
     rank, width = factors.rank, columns.shape[-1]
     values, minimisers = [], []
-    for single, rhs in zip(_unbatched(factors), columns.reshape(-1, factors.dim, width), strict=True):
+    sides = columns.reshape(factors.batch_shape.numel(), factors.dim, width)
+    for single, rhs in zip(_unbatched(factors), sides, strict=True):
         triangle = _triangle(single, rhs)
         values.append(triangle[rank:, rank:].square().sum(-2))
         rotated = torch.linalg.solve_triangular(triangle[:rank, :rank], triangle[:rank, rank:], upper=True)
@@ -58,7 +59,7 @@ def _unbatched(factors: LowRankFactors) -> list[LowRankFactors]:
     def parts(tensor: Tensor | None, keep: int) -> list[Tensor | None]:
         if tensor is None or tensor.ndim < keep:
             return [tensor] * size
-        return list(tensor.expand(*factors.batch_shape, *tensor.shape[-keep:]).reshape(-1, *tensor.shape[-keep:]))
+        return list(tensor.expand(*factors.batch_shape, *tensor.shape[-keep:]).reshape(size, *tensor.shape[-keep:]))
 
     pieces = (parts(factors.root, 2), parts(factors.diag, 1), parts(factors.mix, 2), parts(factors.scale, 2))
     return [LowRankFactors(*piece) for piece in zip(*pieces, strict=True)]  # type: ignore[arg-type]
@@ -76,8 +77,8 @@ def _triangle(factors: LowRankFactors, columns: Tensor | None) -> Tensor:
     step = max(part.stop - part.start for part in factors.chunks())
     total = factors.rank + (0 if columns is None else columns.shape[-1])
     triangle = torch.zeros(0, total, dtype=wide, device=size.device)
-    for begin, end in ((0, large), (large, factors.dim)):
-        if begin == large:
+    for is_small, begin, end in ((False, 0, large), (True, large, factors.dim)):
+        if is_small:
             ridge = torch.eye(factors.rank, total, dtype=wide, device=size.device)
             triangle = torch.linalg.qr(torch.cat((triangle, ridge)), mode="r").R
         for start in range(begin, end, step):
