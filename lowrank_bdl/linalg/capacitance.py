@@ -88,8 +88,10 @@ def _checked_cholesky(mixed: Tensor) -> tuple[Tensor, float]:
     unit, info = torch.linalg.cholesky_ex(scale.unsqueeze(-1) * capacitance * scale.unsqueeze(-2))
     if mixed.numel() == 0:
         return unit, 0.0
+    if bool((info != 0).any()) or not bool((unit.diagonal(dim1=-2, dim2=-1) > 0).all()):
+        return unit / scale.unsqueeze(-1), math.inf
     inverse_norm = torch.linalg.matrix_norm(torch.cholesky_inverse(unit)).max()
-    amplification = torch.where((info == 0).all() & inverse_norm.isfinite(), inverse_norm, math.inf).item()
+    amplification = torch.where(inverse_norm.isfinite(), inverse_norm, math.inf).item()
     return unit / scale.unsqueeze(-1), amplification
 
 

@@ -235,4 +235,5 @@ class _Basis:
 
 def _norm(vector: Tensor) -> Tensor:
     """Return the 2-norm in float64: the squares of a float32 vector of 1e-20 would underflow."""
-    return torch.linalg.vector_norm(vector, dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(vector, dtype=torch.float64)
+    return norm
