@@ -14,17 +14,19 @@ CHUNK = 16_384
 LOG_2PI = math.log(2 * math.pi)
 
 
-def chunks(dim: int) -> Iterator[slice]:
-    """Yield slices of `CHUNK` columns."""
-    for start in range(0, dim, CHUNK):
-        yield slice(start, min(start + CHUNK, dim))
+def chunks(vector: Tensor) -> Iterator[slice]:
+    """Yield slices of `CHUNK` columns that cover a vector, or of a twentieth of it on a GPU."""
+    dim = vector.shape[-1]
+    width = CHUNK if vector.device.type == "cpu" else max(CHUNK, dim // 20)
+    for start in range(0, dim, width):
+        yield slice(start, min(start + width, dim))
 
 
 def sample(storage: Tensor, diag: Tensor, mean: Tensor, n: int) -> Tensor:
     """Draw n vectors, (n, D): one pass over the rows."""
     low_rank = torch.randn(n, storage.shape[0], dtype=diag.dtype, device=diag.device)
     draws = torch.empty(n, len(diag), dtype=diag.dtype, device=diag.device).normal_()
-    for part in chunks(len(diag)):
+    for part in chunks(diag):
         chunk = draws[:, part].mul_(diag[part].sqrt()).add_(mean[part])
         chunk.addmm_(low_rank, storage[:, part])
     return draws
@@ -33,7 +35,7 @@ def sample(storage: Tensor, diag: Tensor, mean: Tensor, n: int) -> Tensor:
 def diagonal(storage: Tensor, diag: Tensor) -> Tensor:
     """Return diag + the sum of squares of the rows, (D,)."""
     result = torch.empty_like(diag)
-    for part in chunks(len(diag)):
+    for part in chunks(diag):
         torch.add(diag[part], storage[:, part].square().sum(0), out=result[part])
     return result
 
@@ -42,7 +44,7 @@ def factorize(storage: Tensor, diag: Tensor) -> tuple[Tensor, Tensor]:
     """Return the Cholesky factor of I + W'W, (K, K), and the log-determinant, both float64."""
     capacitance = torch.eye(storage.shape[0], dtype=torch.float64, device=diag.device)
     logdet = torch.zeros((), dtype=torch.float64, device=diag.device)
-    for part in chunks(len(diag)):
+    for part in chunks(diag):
         rows = storage[:, part] * diag[part].rsqrt()
         capacitance += (rows @ rows.mT).double()
         logdet += diag[part].double().log().sum()
@@ -55,12 +57,12 @@ def ridge(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return x' S^-1 x by the ridge residual, z = U' S^-1 x, and S^-1 x if asked for."""
     inner = torch.zeros(storage.shape[0], dtype=torch.float64, device=diag.device)
-    for part in chunks(len(diag)):
+    for part in chunks(diag):
         inner += (storage[:, part] @ (x[part] / diag[part])).double()
     z = torch.cholesky_solve(inner.unsqueeze(-1), cholesky).squeeze(-1)
     weights, quadratic = z.to(diag.dtype), z.square().sum()
     solution = torch.empty_like(diag) if solve else None
-    for part in chunks(len(diag)):
+    for part in chunks(diag):
         residual = torch.addmv(x[part], storage[:, part].mT, weights, alpha=-1)
         quadratic += (residual.square() / diag[part]).sum().double()
         if solution is not None:
@@ -72,11 +74,11 @@ def log_prob(storage: Tensor, diag: Tensor, mean: Tensor, x: Tensor, factor: tup
     """Return the log-density, float64; the difference to the mean is taken chunk by chunk."""
     cholesky, logdet = factor
     inner = torch.zeros(storage.shape[0], dtype=torch.float64, device=diag.device)
-    for part in chunks(len(diag)):
+    for part in chunks(diag):
         inner += (storage[:, part] @ ((x[part] - mean[part]) / diag[part])).double()
     z = torch.cholesky_solve(inner.unsqueeze(-1), cholesky).squeeze(-1)
     weights, quadratic = z.to(diag.dtype), z.square().sum()
-    for part in chunks(len(diag)):
+    for part in chunks(diag):
         residual = torch.addmv(x[part] - mean[part], storage[:, part].mT, weights, alpha=-1)
         quadratic += (residual.square() / diag[part]).sum().double()
     return -0.5 * (quadratic + logdet + len(diag) * LOG_2PI)
@@ -89,7 +91,7 @@ def log_prob_gradients(storage: Tensor, diag: Tensor, mean: Tensor, x: Tensor) -
     assert solution is not None
     inverse = torch.cholesky_inverse(cholesky).to(diag.dtype)
     weights, rows_grad, diag_grad = z.to(diag.dtype), torch.empty_like(storage), torch.empty_like(diag)
-    for part in chunks(len(diag)):
+    for part in chunks(diag):
         scaled = storage[:, part] / diag[part]
         pulled = inverse @ scaled
         leverage = (pulled * storage[:, part]).sum(0)
@@ -101,7 +103,7 @@ def log_prob_gradients(storage: Tensor, diag: Tensor, mean: Tensor, x: Tensor) -
 def principal_components(storage: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the top k variances of the low-rank part and their directions, (k,) and (k, D), by the K x K route."""
     gram = torch.zeros(len(storage), len(storage), dtype=torch.float64, device=storage.device)
-    for part in chunks(storage.shape[1]):
+    for part in chunks(storage):
         rows = storage[:, part].double()
         gram += rows @ rows.mT
     values, vectors = torch.linalg.eigh(gram)
@@ -125,7 +127,7 @@ class FlatCollector:
         if self.count == 1:
             self.shift.copy_(theta)
             return
-        for part in chunks(len(theta)):
+        for part in chunks(theta):
             delta = theta[part] - self.shift[part] - self.offset[part]
             self.offset[part].add_(delta, alpha=1 / self.count)
             self.sum_sq[part].addcmul_(delta, delta, value=(self.count - 1) / self.count)

@@ -111,6 +111,7 @@ def compare(
     rng: random.Random,
     references: Sequence[str] = (),
     skipped: Mapping[str, str] | None = None,
+    measured: Mapping[str, tuple[float, Check]] | None = None,
 ) -> list[dict[str, Any]]:
     """Check, then time.
 
@@ -123,6 +124,7 @@ def compare(
         rng: Source of the order of contenders and of the bootstrap.
         references: Names of the contenders that paired ratios are taken to.
         skipped: Contenders to leave out, by name, with the reason.
+        measured: Contenders so slow that one call elsewhere is all there is: its seconds and the verdict on its answer.
 
     Returns:
         A dictionary a contender: ``status`` is ``"ok"``, ``"once"``, ``"wrong"``, ``"failed"`` or ``"skipped"``;
@@ -138,6 +140,12 @@ def compare(
         if skipped and contender.name in skipped:
             row |= {"status": "skipped", "reason": skipped[contender.name]}
             continue
+        if measured and contender.name in measured:
+            seconds, verdict = measured[contender.name]
+            _judge(row, verdict, seconds)
+            if verdict.ok:
+                row |= {"status": "once", "times_s": [seconds]}
+            continue
         try:
             call = contender.prepare(problem)
             seconds, answer = timed(call, device)
@@ -147,9 +155,8 @@ def compare(
         row["first_call_s"] = seconds
         if not contender.floor:
             verdict = check(problem, answer)
-            row |= {"error": _finite(verdict.error), "errors": {k: _finite(v) for k, v in verdict.detail.items()}}
+            _judge(row, verdict, seconds)
             if not verdict.ok:
-                row |= {"status": "wrong", "reason": f"wrong answer: {_say(verdict)}"}
                 continue
         del answer
         if seconds > policy.once_above_s:
@@ -164,6 +171,14 @@ def compare(
                 name: _ratio(row, rows[name], rng) for name in references if name in rows and rows[name]["times_s"]
             }
     return list(rows.values())
+
+
+def _judge(row: dict[str, Any], verdict: Check, seconds: float) -> None:
+    """Write the verdict on an answer into a row."""
+    row["first_call_s"] = seconds
+    row |= {"error": _finite(verdict.error), "errors": {k: _finite(v) for k, v in verdict.detail.items()}}
+    if not verdict.ok:
+        row |= {"status": "wrong", "reason": f"wrong answer: {_say(verdict)}"}
 
 
 def _rounds(

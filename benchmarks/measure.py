@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Contender, timed
+from benchmarks.harness import Contender, Policy, timed
 from benchmarks.memory import peak_above
 from benchmarks.operations import Operation, operations
 from benchmarks.problems import Size, model_numel
@@ -20,7 +20,10 @@ def find(operation: str, contender: str, size: Size) -> tuple[Operation, Contend
 
 
 def measure_memory(operation: str, contender: str, size: Size) -> dict[str, Any]:
-    """Return the peak of one call above its inputs [byte] and its time [s]; runs in a process of its own."""
+    """Return the peak of one call above its inputs [byte] and its time [s]; runs in a process of its own.
+
+    The answer of a slow contender is judged here as well (``verdict``), so that it need not run again.
+    """
     device = torch.device(size.device)
     kind, competitor = find(operation, contender, size)
     warm_up = Size(8192, size.rank, size.dtype, size.device, "tiny" if size.model else None)
@@ -29,16 +32,21 @@ def measure_memory(operation: str, contender: str, size: Size) -> dict[str, Any]
     problem.close()
     problem = kind.problem(size)
     call = competitor.prepare(problem)
-    seconds = 0.0
+    seconds, answer = 0.0, None
 
     def timed_call() -> Any:
-        nonlocal seconds
+        nonlocal seconds, answer
         seconds, result = timed(call, device)
+        if seconds > Policy().once_above_s:
+            answer = result
         return result
 
     above, method = peak_above(timed_call, device)
+    found: dict[str, Any] = {"above_inputs": above, "method": method, "seconds": seconds}
+    if answer is not None:
+        found["verdict"] = kind.check(problem, answer)
     problem.close()
-    return {"above_inputs": above, "method": method, "seconds": seconds}
+    return found
 
 
 def input_bytes(size: Size, kind: Operation) -> int:

@@ -90,7 +90,7 @@ def _context() -> Any:
     if _SERVER is None:
         _SERVER = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
         if sys.platform == "linux":
-            _SERVER.set_forkserver_preload(["benchmarks.operations"])
+            _SERVER.set_forkserver_preload(["benchmarks.measure"])
     return _SERVER
 
 

@@ -293,6 +293,7 @@ class Run:
             rng=self.rng,
             references=[c.name for c in contenders],
             skipped=skipped,
+            measured={n: (m["seconds"], m["verdict"]) for n, m in memories.items() if "verdict" in m},
         )
         for row in rows:
             if row["first_call_s"] is not None:

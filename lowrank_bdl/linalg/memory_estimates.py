@@ -131,7 +131,10 @@ def estimate_memory(
     decoded = 0 if stored == dtype else chunk
     kept = round(fraction * numel)
     kept_rows = round(fraction * rows) if not needs_scale(stored) else rank * kept * dtype.itemsize
-    index = kept * 8
+    index = kept * 8  # int64; checking it for repeats takes several of its size, before the rows are gathered
+    kept_vector = kept * dtype.itemsize
+    solved = samples * kept_vector
+    gather = kept_rows + kept_vector + round(5.5 * index) + decoded + chunk
     inputs, result, temporaries = {
         "state": (vector, rows + 3 * vector, 0),
         "collect": (rows + 4 * vector, 0, vector + 2 * width * dtype.itemsize),
@@ -147,12 +150,16 @@ def estimate_memory(
         "sum_solve": (rows + (1 + samples) * vector, samples * vector, rows + vector + decoded + chunk),
         "indexed_solve": (
             rows + (1 + samples) * vector + index,
-            round(fraction * samples * vector),
-            kept_rows + kept * dtype.itemsize + 6 * index + decoded + chunk,
+            solved,
+            max(gather, 10 * index - solved),
         ),
         "diagonal": (rows + vector, vector, decoded + chunk),
         "principal_components": (rows + vector, samples * vector, decoded + double),
-        "marginal": (rows + 2 * vector, kept_rows + 2 * kept * dtype.itemsize, 4 * index),
+        "marginal": (
+            rows + 2 * vector,
+            kept_rows + 2 * kept_vector,
+            max(round(2.5 * index), 7 * index - kept_rows - 2 * kept_vector),
+        ),
         "save": (rows + 2 * vector, 0, 0),
         "load": (0, rows + 2 * vector, 0),
         "predict": (rows + 2 * vector, samples * vector, decoded),

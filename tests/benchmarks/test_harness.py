@@ -82,6 +82,18 @@ def test_a_slow_contender_is_timed_once() -> None:
     assert calls == ["slow"]
 
 
+def test_what_was_measured_elsewhere_is_not_run_again_and_is_judged_too() -> None:
+    def prepare(problem: float) -> Any:
+        raise AssertionError("prepared although measured")
+
+    seen = {"slow": (30.0, Check.of(square=(1e-7, 1e-6))), "off": (40.0, Check.of(square=(0.5, 1e-6)))}
+    right = Contender("right", lambda x: lambda: x * x)
+    rows = run(right, Contender("slow", prepare), Contender("off", prepare), measured=seen)
+    assert (rows["slow"]["status"], rows["slow"]["times_s"]) == ("once", [30.0])
+    assert rows["slow"]["ratios"]["right"]["median"] > 1000 and rows["slow"]["ratios"]["right"]["ci95"] is None
+    assert (rows["off"]["status"], rows["off"]["times_s"], rows["off"]["first_call_s"]) == ("wrong", [], 40.0)
+
+
 def test_every_contender_runs_in_every_round_in_changing_order() -> None:
     calls: list[str] = []
     names = ("a", "b", "c")
