@@ -30,7 +30,7 @@ STYLE = {
     "torch.pca_lowrank": ("#a6761d", "p"),
     "scikit-learn randomized_svd": ("#7f7f7f", "X"),
     peers.RELEASED: ("#E69F00", "<"),
-    peers.AVERAGED: ("#7f7f7f", ">"),
+    peers.AVERAGED: ("#999933", ">"),
     "torch.save": ("#a6761d", "P"),
     "torch.load": ("#a6761d", "P"),
     "fresh operator of that size": ("#56B4E9", "d"),

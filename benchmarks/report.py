@@ -63,12 +63,7 @@ def _remark(row: Mapping[str, Any]) -> str:
     if row["status"] == "wrong" and row["first_call_s"] is not None:
         parts.append(f"after {seconds(row['first_call_s'])}")
     memory = row.get("memory")
-    if (
-        memory is not None
-        and memory["status"] != "ok"
-        and memory["reason"] != row["reason"]
-        and row["status"] != "failed"
-    ):
+    if memory is not None and memory["status"] != "ok" and row["status"] not in ("failed", "skipped"):
         parts.append(f"memory: {memory['reason']}")
     return "; ".join(parts).replace("|", "/").replace("\n", " ")
 
