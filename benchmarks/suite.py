@@ -23,7 +23,7 @@ from benchmarks.operations import Operation
 from benchmarks.problems import CollectProblem, Size, model_numel
 from benchmarks.targets import judge, state_slope
 from lowrank_bdl.linalg.memory import available_memory
-from lowrank_bdl.linalg.memory_estimates import estimate_memory
+from lowrank_bdl.parameters.memory_estimates import estimate_memory
 
 FORMAT = "lowrank_bdl-benchmark"
 VERSION = 1

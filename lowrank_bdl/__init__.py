@@ -24,6 +24,7 @@ from lowrank_bdl.linalg.ring_buffer import DeviationBuffer
 from lowrank_bdl.parameters.batch_norm import recalibrate_batch_norm, recalibrate_batch_norm_
 from lowrank_bdl.parameters.functional import FunctionalModel
 from lowrank_bdl.parameters.layout import ParameterLayout
+from lowrank_bdl.parameters.memory_estimates import MemoryEstimate, estimate_memory
 
 # posteriors
 from lowrank_bdl.posteriors.gaussian import GaussianPosterior, kl_divergence
@@ -45,6 +46,7 @@ __all__ = [
     "InverseLowRankPlusDiagLinearOperator",
     "LowRankBDLError",
     "LowRankPlusDiagLinearOperator",
+    "MemoryEstimate",
     "MemoryLimitError",
     "MultivariateNormal",
     "NonFiniteError",
@@ -57,6 +59,7 @@ __all__ = [
     "StaleError",
     "StreamingMoments",
     "__version__",
+    "estimate_memory",
     "kl_divergence",
     "lanczos",
     "metrics",

@@ -28,7 +28,7 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype = torch.fl
 
 
 def exact_gaussian(root: Tensor, diag: Tensor, x: Tensor, digits: int = 80) -> tuple[float, float]:
-    """Return log|S| and x' S^-1 x of S = diag + root root' in ``digits`` decimal digits: for ill-conditioned matrices."""
+    """Return log|S| and x' S^-1 x of S = diag + root root' in ``digits`` decimals: for ill-conditioned matrices."""
     with mpmath.workdps(digits):
         rows = [[mpmath.mpf(v) for v in row] for row in root.double().tolist()]
         matrix = mpmath.matrix(len(rows), len(rows))

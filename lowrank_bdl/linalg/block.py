@@ -66,6 +66,13 @@ def plain_index(index: Any, shape: torch.Size) -> tuple[Any, ...]:
     return tuple(parts)
 
 
+def all_distinct(index: Tensor, size: int) -> bool:
+    """Whether no coordinate of ``size`` occurs twice in ``index``; marks them in one byte each instead of sorting."""
+    seen = torch.zeros(size, dtype=torch.bool, device=index.device)
+    seen[index] = True
+    return int(seen.count_nonzero()) == len(index)
+
+
 class LowRankPlusDiagBlock(LinearOperator):
     r"""The block ``Sigma[rows, columns]``: what ``Sigma[rows]`` is until ``[:, columns]`` makes it square again.
 

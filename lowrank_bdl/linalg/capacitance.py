@@ -66,7 +66,7 @@ def factorize(factors: LowRankFactors, least: str = "storage") -> Capacitance:
     zeros = factors.zeros() if point_mass is None else point_mass.sum(-1)
     log_diag, num_free = sum_log(factors), factors.dim - zeros.double()
     for dtype in (torch.float64,) if least == "double" else dict.fromkeys((factors.diag.dtype, torch.float64)):
-        mixed = factors.mixed_gram(gram(factors, dtype))
+        mixed = factors.mixed_gram(gram(factors, dtype, point_masses=point_mass is not None))
         cholesky, amplification = _checked_cholesky(mixed)
         if 4 * torch.finfo(dtype).eps * amplification < LOGDET_TOLERANCE:
             method = "double" if dtype is torch.float64 else "storage"

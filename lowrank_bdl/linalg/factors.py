@@ -103,16 +103,18 @@ class LowRankFactors:
         return torch.zeros((*self.batch_shape, *shape), dtype=torch.float64, device=self.diag.device)
 
 
-def inverse_std(diag: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``diag ** -1/2`` in ``dtype``, and zero at point masses, which leaves them out of every sum."""
+def inverse_std(diag: Tensor, dtype: torch.dtype, point_masses: bool = True) -> Tensor:
+    """Return ``diag ** -1/2`` in ``dtype``, and zero at point masses (out of every sum) if there can be any."""
     diag = diag.to(dtype)
-    return diag.rsqrt().masked_fill_(diag == 0, 0.0)
+    inverse = diag.rsqrt()
+    return inverse.masked_fill_(diag == 0, 0.0) if point_masses else inverse
 
 
-def inverse_variance(diag: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``1 / diag`` in ``dtype``, and zero at point masses."""
+def inverse_variance(diag: Tensor, dtype: torch.dtype, point_masses: bool = True) -> Tensor:
+    """Return ``1 / diag`` in ``dtype``, and zero at point masses, if there can be any."""
     diag = diag.to(dtype)
-    return diag.reciprocal().masked_fill_(diag == 0, 0.0)
+    inverse = diag.reciprocal()
+    return inverse.masked_fill_(diag == 0, 0.0) if point_masses else inverse
 
 
 def multiply(rows: Tensor, columns: Tensor) -> Tensor:
@@ -134,7 +136,7 @@ def project(factors: LowRankFactors, columns: Tensor, dtype: torch.dtype | None 
     return total
 
 
-def gram(factors: LowRankFactors, dtype: torch.dtype, weigh: bool = True) -> Tensor:
+def gram(factors: LowRankFactors, dtype: torch.dtype, weigh: bool = True, point_masses: bool = True) -> Tensor:
     r"""Return :math:`R^T \mathrm{diag}(d)^{-1} R` (or :math:`R^T R` without ``weigh``) in float64, ``(*B, K, K)``.
 
     The products of a chunk are taken in ``dtype``, the sum over chunks in float64.
@@ -145,7 +147,7 @@ def gram(factors: LowRankFactors, dtype: torch.dtype, weigh: bool = True) -> Ten
     for part in factors.chunks():
         rows = factors.rows(part, dtype)
         if weigh:
-            rows = rows * inverse_std(factors.diag[..., part], dtype).unsqueeze(-2)
+            rows = rows * inverse_std(factors.diag[..., part], dtype, point_masses).unsqueeze(-2)
         total += outer_product(rows)
     return total
 
@@ -156,7 +158,7 @@ SPLIT = 4
 
 def outer_product(rows: Tensor) -> Tensor:
     """Return ``rows @ rows.mT`` in float64 for ``rows`` of shape ``(*B, K, n)``."""
-    if rows.shape[-1] % SPLIT or not rows.is_contiguous():
+    if rows.shape[-1] % SPLIT:
         return (rows @ rows.mT).double()
     pieces: Tensor = rows.unflatten(-1, (SPLIT, -1)).movedim(-2, 0)
     return (pieces @ pieces.mT).sum(0, dtype=torch.float64)

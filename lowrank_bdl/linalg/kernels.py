@@ -66,8 +66,8 @@ def draw(
     r"""Draw from :math:`N(m, \Sigma)`: :math:`m + \sqrt d \odot z_1 + R M z_2`, shape ``(S, *B, D)``.
 
     One pass over the root serves all S draws, and the result holds the normals :math:`z_1` before they are scaled,
-    so nothing of its size is allocated beside it (a block of 16,384 coordinates for S > 1). A seeded generator gives
-    the same draws whatever the chunk size of the other kernels.
+    so nothing of its size is allocated beside it. The normals are drawn before anything is cut into chunks: the draws
+    of a seeded generator do not depend on chunk sizes.
 
     Args:
         factors: The matrix.
@@ -85,42 +85,29 @@ def draw(
 
         return fused_draw(factors, inner, generator, mean)
     result = torch.empty((num_samples, *batch, factors.dim), dtype=dtype, device=device)
-    noise = result if num_samples == 1 else result.new_empty(num_samples, *batch, min(NOISE_BLOCK, factors.dim))
-    for start in range(0, factors.dim if num_samples else 0, NOISE_BLOCK):
-        part = slice(start, min(start + NOISE_BLOCK, factors.dim))
-        block = noise[..., part] if num_samples == 1 else noise[..., : part.stop - part.start]
-        finish_draw_(factors, block.normal_(generator=generator), part, inner, mean)
-        if num_samples > 1:
-            result[..., part] = block
-    return result
+    return finish_draw_(factors, result.normal_(generator=generator), inner, mean)
 
 
-NOISE_BLOCK = 16_384
-"""Coordinates whose normals are drawn together: small enough to be used while they are in the cache. The stream of a
-seeded generator depends on it, and on nothing else, so it never changes."""
-
-
-def finish_draw_(
-    factors: LowRankFactors, noise: Tensor, part: slice, inner: Tensor, mean: Tensor | None = None
-) -> Tensor:
-    r"""Turn standard normals :math:`z_1` of some coordinates into draws, in place, and return them.
+def finish_draw_(factors: LowRankFactors, noise: Tensor, inner: Tensor, mean: Tensor | None = None) -> Tensor:
+    r"""Turn standard normals :math:`z_1` into draws, in place, and return them.
 
     Args:
         factors: The matrix.
-        noise: :math:`z_1` of the coordinates ``part``, shape ``(S, *B, n)``; overwritten.
-        part: The coordinates.
+        noise: :math:`z_1`, shape ``(S, *B, D)``; overwritten.
         inner: :math:`M z_2`, shape ``(*B, K, S)``.
         mean: :math:`m`, shape ``(*B, D)``, or None for zero.
     """
-    noise.mul_(factors.diag[..., part].sqrt())
-    if mean is not None:
-        noise += mean[..., part]
-    columns = noise.movedim(0, -1)  # (*B, n, S)
-    rows = factors.rows(part, factors.diag.dtype)
-    if columns.ndim == 2 and len(noise) > 1:
-        noise.addmm_(inner.mT, rows)
-    else:
-        lift_(columns, rows, inner)
+    for part in factors.chunks(stream=max(1, len(noise))):
+        block, std = noise[..., part], factors.diag[..., part].sqrt()
+        if mean is None:
+            block.mul_(std)
+        else:
+            torch.addcmul(mean[..., part], block, std, out=block)
+        rows = factors.rows(part, factors.diag.dtype)
+        if block.ndim == 2 and len(block) > 1:
+            block.addmm_(inner.mT, rows)
+        else:
+            lift_(block.movedim(0, -1), rows, inner)
     return noise
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.linalg.factors import CPU_CHUNK
+from lowrank_bdl.linalg.memory import require_memory
 
 WHICH = ("LA", "SA", "LM", "BE")
 
@@ -66,6 +67,7 @@ def lanczos(
     Raises:
         ShapeError: If the operator is not square or k does not fit.
         ValueError: If ``which`` is unknown, ``start`` is zero, or ``num_basis`` or ``max_matvecs`` is too small for k.
+        MemoryLimitError: If the basis does not fit the free memory, before it is allocated.
         NonFiniteError: If ``start`` or a product holds NaN or infinity.
 
     Cost: ``num_matvecs`` products and O(D num_basis) work for each; one host synchronisation a step.
@@ -158,6 +160,8 @@ class _Basis:
     ) -> None:
         self.product = operator.matmul if isinstance(operator, LinearOperator) else operator
         self.capacity, self.generator = capacity, generator
+        num_bytes = (capacity + 1) * start.numel() * start.element_size()
+        require_memory(num_bytes, start.device, f"the Lanczos basis of {capacity + 1} vectors of {start.numel():,}")
         self.rows = start.new_empty(capacity + 1, len(start))
         self.rows[0] = start / _norm(start)
         self.projected = torch.zeros(capacity, capacity, dtype=torch.float64, device=start.device)

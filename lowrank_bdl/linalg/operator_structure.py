@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lowrank_bdl.errors import ShapeError
-from lowrank_bdl.linalg.block import Index, LowRankPlusDiagBlock, plain_index, positions, same_index
+from lowrank_bdl.linalg.block import Index, LowRankPlusDiagBlock, all_distinct, plain_index, positions, same_index
 from lowrank_bdl.linalg.operator_state import LowRankPlusDiagState
 
 
@@ -167,7 +167,7 @@ class LowRankPlusDiagStructure(LowRankPlusDiagState):
         same = isinstance(rows, slice) and isinstance(columns, slice) and same_index(rows, columns, size)
         if not same:
             rows, columns = positions(rows, size, self.device), positions(columns, size, self.device)
-            if not same_index(rows, columns, size) or len(rows.unique()) < len(rows):
+            if not same_index(rows, columns, size) or not all_distinct(rows, size):
                 _ = self.factors
                 return LowRankPlusDiagBlock(self, rows, columns)
         diag = self.diag[..., rows]

@@ -12,6 +12,8 @@ from lowrank_bdl.linalg.lanczos import lanczos
 if TYPE_CHECKING:
     from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
 
+VARIANCE_TOLERANCE = 1e-6
+"""Largest estimated relative error of a variance that products in the storage dtype may cause."""
 ORTHONORMAL_TOLERANCE = 1e-6
 """Largest estimated departure from orthonormality that products in the storage dtype may cause."""
 
@@ -63,8 +65,11 @@ def principal_components(
     factors = operator.factors
     if not 0 <= k <= min(factors.rank, factors.dim):
         raise ShapeError(f"k must be between 0 and {min(factors.rank, factors.dim)}, the rank; got {k}.")
-    values, vectors = torch.linalg.eigh(factors.mixed_gram(gram(factors, torch.float64, weigh=False)))
-    values, vectors = values.flip(-1)[:k], vectors.flip(-1)[:, :k]
+    for dtype in dict.fromkeys((operator.dtype, torch.float64)):
+        values, vectors = torch.linalg.eigh(factors.mixed_gram(gram(factors, dtype, weigh=False)))
+        values, vectors = values.flip(-1)[:k], vectors.flip(-1)[:, :k]
+        if k == 0 or bool(2 * torch.finfo(dtype).eps * values[0] <= VARIANCE_TOLERANCE * values[-1]):
+            break  # else the Gram matrix in the storage dtype loses the smallest variance: again in float64
     if k and not bool(values[-1] > factors.rank * torch.finfo(torch.float64).eps * values[0]):
         numerical = int((values > factors.rank * torch.finfo(torch.float64).eps * values[0].clamp_min(0)).sum())
         raise ShapeError(f"the low-rank part has numerical rank {numerical}; expected k at most that, got {k}.")

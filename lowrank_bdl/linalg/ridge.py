@@ -52,7 +52,6 @@ class _Residual:
     """What one pass over the residual ``r = y - W z`` leaves: sums over D in float64, each of shape ``(*B, S)``."""
 
     square: Tensor  # ||r||^2
-    start: Tensor  # ||y||^2
     solution: Tensor | None  # D^-1/2 r
     solution_square: Tensor  # ||D^-1/2 r||^2
     solution_start: Tensor  # ||D^-1/2 y||^2
@@ -86,16 +85,16 @@ def ridge(
             capacitance = factorize(factors, least="double")
         if capacitance.method == "qr" or (capacitance.method == "double" and dtype is not torch.float64):
             continue
-        inner = _weighted_projection(factors, columns, mean, dtype)
+        inner, start = _weighted_projection(factors, capacitance, columns, mean, dtype)
         weights = capacitance.solve(factors.mix_transposed(inner))
-        residual = _residual(factors, weights, columns, mean, dtype, solve)
+        residual = _residual(factors, capacitance, weights, columns, mean, dtype, solve)
         quadratic = residual.square + weights.square().sum(-2)
-        if _error(residual, quadratic, capacitance, factors, dtype, solve) < 1.0:
+        if _error(start, quadratic, residual if solve else None, capacitance, factors, dtype) < 1.0:
             break
     else:
         centred = columns.double() if mean is None else columns.double() - mean.double().unsqueeze(-1)
         quadratic, weights = stiff_ridge(factors, centred)
-        residual = _residual(factors, weights, columns, mean, torch.float64, solve)
+        residual = _residual(factors, capacitance, weights, columns, mean, torch.float64, solve)
         lost = torch.finfo(torch.float64).eps * _ratio(residual.solution_start, residual.solution_square)
         if solve and bool((lost > STIFF_SOLVE_TOLERANCE).any()):
             raise NotPSDError(
@@ -110,25 +109,34 @@ def ridge(
 
 
 def _error(
-    residual: _Residual,
+    start: Tensor,
     quadratic: Tensor,
+    solved: _Residual | None,
     capacitance: Capacitance,
     factors: LowRankFactors,
     dtype: torch.dtype,
-    solve: bool,
 ) -> float:
-    """Return the estimated error of a pass in ``dtype`` as a multiple of its tolerance; NaN columns count as none."""
+    """Return the estimated error of a pass in ``dtype`` as a multiple of its tolerance; NaN columns count as none.
+
+    Args:
+        start: The squared norms of y.
+        quadratic: The squared norms of the ridge residuals.
+        solved: The residual pass, if its solution is wanted.
+        capacitance: The factorisation used.
+        factors: The matrix.
+        dtype: Of the products.
+    """
     if quadratic.numel() == 0:
         return 0.0
     eps = 8 * torch.finfo(dtype).eps
     spread = math.sqrt(max(1.0, capacitance.amplification))
-    ratio = eps * _ratio(residual.start, quadratic)
+    ratio = eps * _ratio(start, quadratic)
     error = ((ratio * spread).square() + ratio / math.sqrt(factors.dim)) / QUADRATIC_TOLERANCE
-    if solve:
-        lost = eps * spread * _ratio(residual.solution_start, residual.solution_square)
+    if solved is not None:
+        lost = eps * spread * _ratio(solved.solution_start, solved.solution_square)
         error = torch.maximum(error, lost / SOLVE_TOLERANCE)
     if dtype is torch.float64:  # a right-hand side that holds NaN or infinity gains nothing by another method
-        error = torch.where(residual.start.isfinite(), error, 0.0)
+        error = torch.where(start.isfinite(), error, 0.0)
     return torch.where(error.isfinite(), error, math.inf).max().item()
 
 
@@ -138,38 +146,52 @@ def _ratio(large: Tensor, small: Tensor) -> Tensor:
 
 
 def _residual(
-    factors: LowRankFactors, weights: Tensor, columns: Tensor, mean: Tensor | None, dtype: torch.dtype, solve: bool
+    factors: LowRankFactors,
+    capacitance: Capacitance,
+    weights: Tensor,
+    columns: Tensor,
+    mean: Tensor | None,
+    dtype: torch.dtype,
+    solve: bool,
 ) -> _Residual:
     """Pass over the residual for given weights z, with products in ``dtype``."""
     count = columns.shape[-1]
     inner = factors.mix_forward(weights).to(dtype)
-    square, start, solution_square, solution_start = (factors.zeros(count) for _ in range(4))
+    square, solution_square, solution_start = (factors.zeros(count) for _ in range(3))
     solution = None
     if solve:
         shape = (*factors.batch_shape, factors.dim, count)
         solution = torch.empty(shape, dtype=factors.diag.dtype, device=factors.diag.device)
     for part in factors.chunks(max(1, count), dtype):
-        scale = inverse_std(factors.diag[..., part], dtype).unsqueeze(-1)
+        scale = inverse_std(factors.diag[..., part], dtype, capacitance.point_mass is not None).unsqueeze(-1)
         chunk = _centre(columns, mean, part, dtype)
-        scaled = chunk * scale
-        start += sum_of_squares(scaled)
         if solution is not None:
-            solution_start += sum_of_squares(scaled.mul_(scale))
+            solution_start += sum_of_squares((chunk * scale).mul_(scale))
         chunk = lift_(chunk, factors.rows(part, dtype), inner, sign=-1.0).mul_(scale)
         square += sum_of_squares(chunk)
         if solution is not None:
             solution[..., part, :] = chunk.mul_(scale)
             solution_square += sum_of_squares(chunk)
-    return _Residual(square, start, solution, solution_square, solution_start)
+    return _Residual(square, solution, solution_square, solution_start)
 
 
-def _weighted_projection(factors: LowRankFactors, columns: Tensor, mean: Tensor | None, dtype: torch.dtype) -> Tensor:
-    r"""Return :math:`R^\top D^{-1} x` in float64, ``(*B, K, S)``, with products in ``dtype``."""
+def _weighted_projection(
+    factors: LowRankFactors, capacitance: Capacitance, columns: Tensor, mean: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    r"""Return :math:`R^\top D^{-1} x`, ``(*B, K, S)``, and :math:`\|D^{-1/2} x\|^2`, ``(*B, S)``, both float64.
+
+    Products are taken in ``dtype``; the norm is for error bounds alone and summed in ``dtype`` within a chunk.
+    """
     total = factors.zeros(factors.root.shape[-1], columns.shape[-1])
+    norm = factors.zeros(columns.shape[-1])
+    masses = capacitance.point_mass is not None
     for part in factors.chunks(max(1, columns.shape[-1]), dtype):
-        weight = inverse_variance(factors.diag[..., part], dtype).unsqueeze(-1)
-        total += multiply(factors.rows(part, dtype), _centre(columns, mean, part, dtype).mul_(weight)).double()
-    return total
+        weight = inverse_variance(factors.diag[..., part], dtype, masses).unsqueeze(-1)
+        chunk = columns[..., part, :].to(dtype) if mean is None else _centre(columns, mean, part, dtype)
+        weighted = chunk * weight
+        total += multiply(factors.rows(part, dtype), weighted).double()
+        norm += torch.linalg.vecdot(weighted, chunk, dim=-2).double()
+    return total, norm
 
 
 def sum_of_squares(columns: Tensor) -> Tensor:

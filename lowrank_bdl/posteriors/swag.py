@@ -16,10 +16,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from lowrank_bdl.errors import NonFiniteError
 from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
-from lowrank_bdl.linalg.memory import estimate_memory, require_memory
+from lowrank_bdl.linalg.memory import require_memory
 from lowrank_bdl.linalg.moments import StreamingMoments, first_unusable
 from lowrank_bdl.linalg.ring_buffer import DeviationBuffer
 from lowrank_bdl.parameters.layout import ParameterLayout
+from lowrank_bdl.parameters.memory_estimates import estimate_memory
 from lowrank_bdl.parameters.selection import Selector
 from lowrank_bdl.posteriors.gaussian import GaussianPosterior
 
@@ -113,7 +114,7 @@ class SWAG(nn.Module):
         place = self.layout.parameters_of(model)[0].device if device is None else torch.device(device)
         dtype, numel = self.layout.dtype, self.layout.numel
         stored_as = dtype if deviation_dtype is None else deviation_dtype
-        num_bytes = estimate_memory(numel, rank, dtype=dtype, deviation_dtype=stored_as).collector
+        num_bytes = estimate_memory(numel, rank, "state", dtype, deviation_dtype=stored_as).result
         require_memory(num_bytes, place, f"SWAG of rank {rank} over {numel:,} parameters")
         with torch.inference_mode(False):  # tensors made in inference mode have no version counter to detect changes by
             moments = StreamingMoments(numel, dtype=dtype, device=place)

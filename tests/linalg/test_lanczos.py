@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from linear_operator.operators import DenseLinearOperator
+from linear_operator.operators import DenseLinearOperator, DiagLinearOperator
 from torch import Tensor
 
-from lowrank_bdl.errors import NonFiniteError, ShapeError
+from lowrank_bdl.errors import MemoryLimitError, NonFiniteError, ShapeError
 from lowrank_bdl.linalg.lanczos import Eigenpairs, lanczos
 from tests.linalg.cases import Case
 
@@ -144,3 +144,9 @@ def test_bad_arguments() -> None:
         lanczos(op, 2, num_basis=2)
     with pytest.raises(ValueError, match="got None and 1"):
         lanczos(op, 2, max_matvecs=1)
+
+
+def test_a_basis_that_does_not_fit_is_refused_before_it_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowrank_bdl.linalg.memory.available_memory", lambda device: 1000)
+    with pytest.raises(MemoryLimitError, match=r"the Lanczos basis of 13 vectors of 50 needs 0\.00 GiB on cpu"):
+        lanczos(DiagLinearOperator(torch.arange(50.0).double()), 1, num_basis=12)

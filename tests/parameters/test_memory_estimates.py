@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_bdl.linalg.memory_estimates import OPERATIONS, MemoryEstimate, estimate_memory
 from lowrank_bdl.linalg.ring_buffer import DeviationBuffer
+from lowrank_bdl.parameters.memory_estimates import OPERATIONS, MemoryEstimate, estimate_memory
 
 
 @pytest.mark.parametrize("rank", [0, 1, 7])
