@@ -176,12 +176,13 @@ class StreamingMoments:
         return self.sum_sq / (self.count - correction)
 
     @torch.no_grad()
-    def update(self, x: Tensor, *, check_finite: bool = True) -> None:
+    def update(self, x: Tensor, *, check_finite: bool = True, deviation: Tensor | None = None) -> None:
         """Count one more vector.
 
         Args:
             x: Shape ``(D,)``, any floating dtype, on the device of the state.
             check_finite: Look for unusable entries first; False is for callers who have done so.
+            deviation: Where to write ``x`` minus the new :attr:`mean`, shape ``(D,)``, in the same pass.
 
         Raises:
             ShapeError: If the shape is not ``(D,)``.
@@ -199,11 +200,13 @@ class StreamingMoments:
             part, offset = x[columns].to(self.shift.dtype), self.offset[columns]
             if first:
                 self.shift[columns] = part
-                continue
-            delta = part - self.shift[columns]  # exact where x and the shift are within a factor of 2
-            delta -= offset
-            offset.add_(delta, alpha=1 / count)
-            self.sum_sq[columns].addcmul_(delta, delta, value=(count - 1) / count)
+            shifted = part - self.shift[columns]  # exact where x and the shift are within a factor of 2
+            if not first:
+                delta = shifted - offset
+                offset.add_(delta, alpha=1 / count)
+                self.sum_sq[columns].addcmul_(delta, delta, value=(count - 1) / count)
+            if deviation is not None:
+                deviation[columns] = shifted.sub_(offset, alpha=count / (count + self.prior_count))
         self._count += 1
 
     @torch.no_grad()

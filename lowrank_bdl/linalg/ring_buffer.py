@@ -136,6 +136,17 @@ class DeviationBuffer:
                 encode_rows(row, self.storage.dtype, BLOCK, out=(self.storage[slot], self.scale[slot]))
         self._num_pushed += 1
 
+    def next_row(self) -> Tensor | None:
+        """Return the row that the next push overwrites, to be written in place and then counted by :meth:`advance`.
+
+        None if rows are encoded or there is no room for any: use :meth:`push`.
+        """
+        return None if self.rank == 0 or self.scale is not None else self.storage[self.num_pushed % self.rank]
+
+    def advance(self) -> None:
+        """Count the row that was written into :meth:`next_row`."""
+        self._num_pushed += 1
+
     def rows(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the rows present from oldest to newest, decoded: a copy, shape ``(len(self), D)``.
 

@@ -184,8 +184,12 @@ class SWAG(nn.Module):
         with torch.inference_mode(False):
             theta = self._flatten(model)
             moments, buffer = self._moments(), self._buffer()
-            moments.update(theta, check_finite=False)
-            if moments.count > 1 or moments.prior_count > 0:
+            stored = moments.count > 0 or moments.prior_count > 0  # else the deviation is exactly zero
+            row = buffer.next_row() if stored else None
+            moments.update(theta, check_finite=False, deviation=row)
+            if row is not None:
+                buffer.advance()
+            elif stored:
                 buffer.push(moments.center_(theta), check_finite=False)
 
     def _flatten(self, model: nn.Module) -> Tensor:

@@ -192,3 +192,17 @@ def test_error_messages():
         StreamingMoments.from_state({"shift": torch.ones(2), "offset": torch.ones(2)})
     with pytest.raises(ShapeError, match=r"sum_sq must have the shape \(2,\) and dtype torch.float32 of shift"):
         StreamingMoments.from_state({**moments.state(), "sum_sq": torch.ones(3)})
+
+
+@pytest.mark.parametrize("prior_count", [0, 3])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_deviations_written_on_the_way_are_those_from_the_new_mean(prior_count, stored):
+    g = torch.Generator().manual_seed(0)
+    prior = torch.randn(1000, generator=g) if prior_count else None
+    moments = StreamingMoments(1000, prior_mean=prior, prior_count=prior_count)
+    for _ in range(4):
+        x, row = torch.randn(1000, generator=g), torch.full((1000,), float("nan"), dtype=stored)
+        moments.update(x, deviation=row)
+        assert torch.equal(row, moments.center_(x.clone()).to(stored))
+        rounding = 2.0**-8 if stored is torch.bfloat16 else 1e-6
+        torch.testing.assert_close(row.double(), x.double() - moments.mean.double(), rtol=rounding, atol=1e-6)
