@@ -1,13 +1,12 @@
 """Rectangular blocks of a low-rank-plus-diagonal matrix."""
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
+from lowrank_bdl.linalg.operator_state import LowRankPlusDiagState
 
 Index: TypeAlias = slice | Tensor
 
@@ -82,7 +81,7 @@ class LowRankPlusDiagBlock(LinearOperator):
         columns: Coordinates of the columns, ``(n,)``.
     """
 
-    def __init__(self, base: "LowRankPlusDiagLinearOperator", rows: Tensor, columns: Tensor) -> None:
+    def __init__(self, base: LowRankPlusDiagState, rows: Tensor, columns: Tensor) -> None:
         super().__init__(base, rows=rows, columns=columns)
         self.base = base
         self.rows = rows
@@ -115,7 +114,7 @@ class LowRankPlusDiagBlock(LinearOperator):
         columns = rhs.unsqueeze(-1) if vector else rhs
         shape = (*columns.shape[:-2], self.base.shape[-1], columns.shape[-1])
         embedded = columns.new_zeros(shape).index_add(-2, self.columns, columns)
-        result = self.base.matmul(embedded)[..., self.rows, :]
+        result: Tensor = self.base.matmul(embedded)[..., self.rows, :]
         return result.squeeze(-1) if vector else result
 
     def _getitem(self, row_index: Index, col_index: Index, *batch_indices: Index | int) -> LinearOperator:

@@ -112,10 +112,13 @@ def _point_masses(factors: LowRankFactors) -> Tensor | None:
             f"the smallest {smallest.item():.3e}."
         )
     point_mass = diag == 0
-    bad = 0
+    bad_so_far = torch.zeros(
+        (), dtype=torch.int64, device=diag.device
+    )  # one host synchronisation, after the last chunk
     for part in factors.chunks():
         moved = (factors.mixed_rows(part, diag.dtype) != 0).any(-2)
-        bad += int((point_mass[..., part] & moved).sum())
+        bad_so_far += (point_mass[..., part] & moved).sum()
+    bad = int(bad_so_far)
     if bad:
         raise NotPSDError(
             f"a density needs a positive variance wherever the root is not zero; got {bad} coordinates of "

@@ -1,6 +1,6 @@
 """The inverse of a low-rank-plus-diagonal matrix: Gaussians that are given by their precision."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from linear_operator.operators import LinearOperator, RootLinearOperator
@@ -9,17 +9,15 @@ from torch.autograd.function import Function
 
 from lowrank_bdl.errors import NotPSDError
 from lowrank_bdl.linalg.factors import inverse_std
+from lowrank_bdl.linalg.operator_state import LowRankPlusDiagState
 from lowrank_bdl.linalg.roots import LOST, LowRankPlusDiagRoot, apply_root_
-
-if TYPE_CHECKING:
-    from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
 
 
 class _InverseDiagonalFunction(Function):
     """The diagonal of the inverse, ``(1 - |L^-1 w_i|^2) / d_i`` by chunks in float64; it refuses a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, core: "LowRankPlusDiagLinearOperator", *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, core: LowRankPlusDiagState, *tensors: Tensor) -> Tensor:
         """Compute the value, or raise NotPSDError where float64 would lose it."""
         factors, capacitance = core.factors, core.capacitance(least="double")
         result = torch.empty_like(core.diag, memory_format=torch.contiguous_format)
@@ -61,7 +59,7 @@ class InverseLowRankPlusDiagLinearOperator(LinearOperator):
                 [-0.3333,  0.6667]], dtype=torch.float64)
     """
 
-    def __init__(self, base: "LowRankPlusDiagLinearOperator") -> None:
+    def __init__(self, base: LowRankPlusDiagState) -> None:
         super().__init__(base)
         self.base = base
 
@@ -83,12 +81,14 @@ class InverseLowRankPlusDiagLinearOperator(LinearOperator):
         return super().matmul(other) if isinstance(other, LinearOperator) else self.base.solve(other)
 
     def _matmul(self, rhs: Tensor) -> Tensor:
-        return self.base.solve(rhs)
+        product: Tensor = self.base.solve(rhs)
+        return product
 
     def solve(self, right_tensor: Tensor, left_tensor: Tensor | None = None) -> Tensor:
         """Return the solve: a product with Sigma."""
         result = self.base._matmul(right_tensor)
-        return result if left_tensor is None else left_tensor @ result
+        product: Tensor = result if left_tensor is None else left_tensor @ result
+        return product
 
     def _solve(self, rhs: Tensor, preconditioner: Any = None, num_tridiag: int | None = 0) -> Tensor:
         return self.solve(rhs)
@@ -114,14 +114,15 @@ class InverseLowRankPlusDiagLinearOperator(LinearOperator):
 
     def logdet(self) -> Tensor:
         r"""Return :math:`-\log|\Sigma|`."""
-        return -self.base.logdet()
+        logdet: Tensor = -self.base.logdet()
+        return logdet
 
     def _diagonal(self) -> Tensor:
         core = self.base._core
         result: Tensor = _InverseDiagonalFunction.apply(core, core.root, core.diag, core.mix)
         return result.expand(*self.batch_shape, -1)
 
-    def inverse(self) -> "LowRankPlusDiagLinearOperator":
+    def inverse(self) -> LowRankPlusDiagState:
         """Return Sigma itself."""
         return self.base
 
@@ -142,7 +143,7 @@ class InverseLowRankPlusDiagLinearOperator(LinearOperator):
             raise ValueError(f"the number of draws must be >= 0, got {n}.")
         if torch.is_grad_enabled() and self.base.requires_grad:  # y ~ N(0, Sigma) gives Sigma^-1 y ~ N(0, Sigma^-1)
             noise = self.base.sample(n, generator)
-            draws = self.base.solve(noise.movedim(0, -1)).movedim(-1, 0)
+            draws: Tensor = self.base.solve(noise.movedim(0, -1)).movedim(-1, 0)
             return draws if mean is None else draws + mean
         core, batch = self.base._core, self.batch_shape
         extra = batch[: len(batch) - len(core.batch_shape)]
@@ -170,4 +171,5 @@ class InverseLowRankPlusDiagLinearOperator(LinearOperator):
         """Return the dense inverse; refused where Sigma itself would be refused."""
         self.base.check_dense()
         eye = torch.eye(self.shape[-1], dtype=self.dtype, device=self.device)
-        return self.base.solve(eye.expand(*self.batch_shape, *eye.shape))
+        dense: Tensor = self.base.solve(eye.expand(*self.batch_shape, *eye.shape))
+        return dense

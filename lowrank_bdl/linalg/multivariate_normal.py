@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import gpytorch
 import torch
-from linear_operator.operators import LinearOperator, LowRankRootAddedDiagLinearOperator
+from linear_operator.operators import DiagLinearOperator, LinearOperator, LowRankRootAddedDiagLinearOperator
 from torch import Tensor
 from torch.distributions.kl import register_kl
 
@@ -153,7 +153,11 @@ class MultivariateNormal(gpytorch.distributions.MultivariateNormal):
         return type(self)(self.loc.expand(*batch, -1), covariance)
 
     def __getitem__(self, idx: Any) -> gpytorch.distributions.MultivariateNormal:
-        """Return batch entries, or the marginal over coordinates chosen by a slice or LongTensor, structure kept."""
+        """Return batch entries, or the marginal over coordinates chosen by a slice or LongTensor, structure kept.
+
+        One coordinate of one distribution is a distribution of one dimension; one coordinate of a batch is gpytorch's
+        own: a vector with independent entries.
+        """
         idx = idx if isinstance(idx, tuple) else (idx,)
         if any(part is Ellipsis for part in idx):
             place = next(i for i, part in enumerate(idx) if part is Ellipsis)
@@ -165,8 +169,13 @@ class MultivariateNormal(gpytorch.distributions.MultivariateNormal):
         if len(idx) < self.loc.ndim:
             return type(self)(self.loc[idx], sigma[idx])
         last = idx[-1]
-        if isinstance(last, int) or isinstance(sigma, InverseLowRankPlusDiagLinearOperator):
-            return super().__getitem__(idx)
+        if isinstance(sigma, InverseLowRankPlusDiagLinearOperator):
+            raise NotImplementedError("marginals of a Gaussian given by its precision are not implemented.")
+        if isinstance(last, int) and not self.batch_shape:
+            last = slice(range(self.loc.shape[-1])[last], range(self.loc.shape[-1])[last] + 1)
+        elif isinstance(last, int):
+            variance = DiagLinearOperator(self.variance[idx])
+            return gpytorch.distributions.MultivariateNormal(self.loc[idx], variance)
         batch = idx[:-1]
         sigma = sigma[batch] if batch else sigma
         assert isinstance(sigma, LowRankPlusDiagLinearOperator)

@@ -1,16 +1,12 @@
 """Principal directions of a low-rank-plus-diagonal matrix."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from lowrank_bdl.errors import NotConvergedError, ShapeError
 from lowrank_bdl.linalg.factors import gram
 from lowrank_bdl.linalg.lanczos import lanczos
-
-if TYPE_CHECKING:
-    from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
+from lowrank_bdl.linalg.operator_state import LowRankPlusDiagState
 
 VARIANCE_TOLERANCE = 1e-6
 """Largest estimated relative error of a variance that products in the storage dtype may cause."""
@@ -19,7 +15,7 @@ ORTHONORMAL_TOLERANCE = 1e-6
 
 
 def principal_components(
-    operator: "LowRankPlusDiagLinearOperator",
+    operator: LowRankPlusDiagState,
     k: int,
     of: str = "low_rank",
     *,

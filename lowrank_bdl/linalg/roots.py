@@ -11,7 +11,7 @@ With :math:`W = D^{-1/2} U` and :math:`W^\top W = V \Lambda V^\top`,
 (function of a low-rank update of I: Higham, Functions of Matrices, 2008, 1.8).
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from linear_operator.operators import LinearOperator
@@ -21,16 +21,13 @@ from torch.autograd.function import Function, once_differentiable
 from lowrank_bdl.errors import NotPSDError
 from lowrank_bdl.linalg.columns import Fold
 from lowrank_bdl.linalg.factors import inverse_std
-
-if TYPE_CHECKING:
-    from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
-
+from lowrank_bdl.linalg.operator_state import LowRankPlusDiagState
 
 LOST = 1e-3
 """Largest estimated relative error with which a root is applied."""
 
 
-def apply_root_(core: "LowRankPlusDiagLinearOperator", columns: Tensor, inverse: bool, transposed: bool) -> Tensor:
+def apply_root_(core: LowRankPlusDiagState, columns: Tensor, inverse: bool, transposed: bool) -> Tensor:
     r"""Multiply ``columns`` (*B, D, S) in place by the root R, or by T, or by their transposes.
 
     Both are :math:`D^{\pm 1/2} (I \pm W G W^\top)`. The products are taken in the storage dtype while W is mild enough
@@ -80,7 +77,7 @@ class _RootFunction(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        core: "LowRankPlusDiagLinearOperator",
+        core: LowRankPlusDiagState,
         inverse: bool,
         transposed: bool,
         columns: Tensor,
@@ -121,7 +118,7 @@ class LowRankPlusDiagRoot(LinearOperator):
         True
     """
 
-    def __init__(self, base: "LowRankPlusDiagLinearOperator", inverse: bool = False, transposed: bool = False) -> None:
+    def __init__(self, base: LowRankPlusDiagState, inverse: bool = False, transposed: bool = False) -> None:
         super().__init__(base, inverse=inverse, transposed=transposed)
         self.base = base
         self.inverse_root = inverse

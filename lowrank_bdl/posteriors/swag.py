@@ -263,6 +263,7 @@ class SWAG(nn.Module):
         Raises:
             ValueError: If ``scale`` is not a positive number, ``rank`` is negative or more than the collector's, or
                 fewer than 2 snapshots were collected.
+            MemoryLimitError: If a copy does not fit the free memory, before it is made.
 
         Cost: 2·D numbers (mean and variance); K·D more with ``copy=True``.
         """
@@ -282,6 +283,8 @@ class SWAG(nn.Module):
             storage = buffer.storage[part]
             scales = None if buffer.scale is None else buffer.scale[part]
             if copy:
+                num_bytes = storage.nbytes + (0 if scales is None else scales.nbytes)
+                require_memory(num_bytes, storage.device, f"a copy of {len(storage)} deviations")
                 storage, scales = storage.clone(), None if scales is None else scales.clone()
             covariance = LowRankPlusDiagLinearOperator(
                 storage.mT,

@@ -200,3 +200,25 @@ def test_gaussians_given_by_their_precision(case: Case) -> None:
     assert_close(ours.entropy(), dense.entropy(), case.dtype, 100)
     assert ours.expand((4, *case.batch)).sample((2,)).shape == (2, 4, *case.batch, case.dim)
     assert_close(op.expand(4, *op.shape).inverse().diagonal()[2], inverse.diagonal().double(), case.dtype)
+
+
+def test_one_coordinate() -> None:
+    g = torch.Generator().manual_seed(0)
+    root, diag, mean = (
+        torch.randn(2, 5, 2, generator=g),
+        torch.rand(2, 5, generator=g) + 0.1,
+        torch.randn(2, 5, generator=g),
+    )
+    one = MultivariateNormal(mean[0], LowRankPlusDiagLinearOperator(root[0], diag[0]))
+    for index in (1, -1):
+        assert one[index].event_shape == (1,)
+        torch.testing.assert_close(one[index].mean, mean[0][[index]])
+        torch.testing.assert_close(one[index].variance, one.variance[[index]])
+        batch = MultivariateNormal(mean, LowRankPlusDiagLinearOperator(root, diag))
+        torch.testing.assert_close(batch[..., index].mean, mean[:, index])
+        torch.testing.assert_close(batch[..., index].variance, batch.variance[:, index])
+    with pytest.raises(IndexError, match="out of range"):
+        one[5]
+    precision = MultivariateNormal(mean[0], one.lazy_covariance_matrix.inverse())
+    with pytest.raises(NotImplementedError, match="given by its precision"):
+        precision[1:3]
