@@ -112,13 +112,11 @@ def _point_masses(factors: LowRankFactors) -> Tensor | None:
             f"the smallest {smallest.item():.3e}."
         )
     point_mass = diag == 0
-    bad_so_far = torch.zeros(
-        (), dtype=torch.int64, device=diag.device
-    )  # one host synchronisation, after the last chunk
+    total = torch.zeros((), dtype=torch.int64, device=diag.device)
     for part in factors.chunks():
         moved = (factors.mixed_rows(part, diag.dtype) != 0).any(-2)
-        bad_so_far += (point_mass[..., part] & moved).sum()
-    bad = int(bad_so_far)
+        total += (point_mass[..., part] & moved).sum()
+    bad = int(total)  # one host synchronisation, after the last chunk
     if bad:
         raise NotPSDError(
             f"a density needs a positive variance wherever the root is not zero; got {bad} coordinates of "
