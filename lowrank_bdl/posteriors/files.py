@@ -26,7 +26,11 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
     "I64": torch.int64,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 
 
