@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_bdl.errors import NonFiniteError, NotPSDError
+from lowrank_bdl.linalg import compiled
 from lowrank_bdl.linalg.factors import LowRankFactors, gram
 from lowrank_bdl.linalg.stiff import stiff_triangle
 
@@ -48,12 +49,28 @@ class Capacitance:
         return torch.cholesky_solve(columns, self.cholesky)
 
 
-def factorize(factors: LowRankFactors, least: str = "storage") -> Capacitance:
+@dataclass
+class Projection:
+    r"""A projection :math:`R^\top D^{-1} (x - m)` for a factorisation to take along when it reads the root anyway.
+
+    Attributes:
+        vector: x, shape ``(D,)``.
+        mean: m, shape ``(D,)``, or None for zero.
+        sums: The K numbers and :math:`\|D^{-1/2} (x - m)\|^2`, ``(K + 1,)``, float64; None where they were not taken.
+    """
+
+    vector: Tensor
+    mean: Tensor | None
+    sums: Tensor | None = None
+
+
+def factorize(factors: LowRankFactors, least: str = "storage", projection: Projection | None = None) -> Capacitance:
     """Factorise the matrix, in the cheapest way whose error bound is good enough.
 
     Args:
         factors: The matrix; ``diag`` must be >= 0, and a coordinate with zero diagonal must have a zero root.
         least: ``"storage"``, or ``"double"`` to sum C from float64 products at once.
+        projection: Filled in, with the products of the same dtype, where the compiled kernels can.
 
     Raises:
         NotPSDError: If diagonal entries are negative, or zero under a non-zero root; the message has the count.
@@ -62,11 +79,12 @@ def factorize(factors: LowRankFactors, least: str = "storage") -> Capacitance:
     Cost: one read of the root and O(D K^2) time; twice to ten times that where the checks ask for more precision.
     """
     factors = LowRankFactors(*(None if t is None else t.detach() for t in vars(factors).values()))  # type: ignore[arg-type]
-    point_mass = _point_masses(factors)
+    log_diag, clean = _scan(factors)
+    point_mass = None if clean else _point_masses(factors)
     zeros = factors.zeros() if point_mass is None else point_mass.sum(-1)
-    log_diag, num_free = sum_log(factors), factors.dim - zeros.double()
+    num_free = factors.dim - zeros.double()
     for dtype in (torch.float64,) if least == "double" else dict.fromkeys((factors.diag.dtype, torch.float64)):
-        mixed = factors.mixed_gram(gram(factors, dtype, point_masses=point_mass is not None))
+        mixed = factors.mixed_gram(_gram(factors, dtype, point_mass is not None, projection))
         cholesky, amplification = _checked_cholesky(mixed)
         if 4 * torch.finfo(dtype).eps * amplification < LOGDET_TOLERANCE:
             method = "double" if dtype is torch.float64 else "storage"
@@ -75,6 +93,8 @@ def factorize(factors: LowRankFactors, least: str = "storage") -> Capacitance:
         if not bool(mixed.isfinite().all()):
             raise NonFiniteError("the root must be finite everywhere; its Gram matrix holds NaN or infinity.")
         cholesky, method = stiff_triangle(factors), "qr"
+        if projection is not None:
+            projection.sums = None
         mixed = cholesky @ cholesky.mT - torch.eye(factors.rank, dtype=torch.float64, device=cholesky.device)
         amplification = math.inf
     logdet = log_diag + 2 * cholesky.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
@@ -93,6 +113,23 @@ def _checked_cholesky(mixed: Tensor) -> tuple[Tensor, float]:
     inverse_norm = torch.linalg.matrix_norm(torch.cholesky_inverse(unit)).max()
     amplification = torch.where(inverse_norm.isfinite(), inverse_norm, math.inf).item()
     return unit / scale.unsqueeze(-1), amplification
+
+
+def _gram(factors: LowRankFactors, dtype: torch.dtype, masses: bool, projection: Projection | None) -> Tensor:
+    """Return the weighted Gram matrix, and fill in the projection where one pass can do both."""
+    if projection is None or not factors.compiled(projection.vector, projection.mean):
+        return gram(factors, dtype, point_masses=masses)
+    given = (projection.vector, projection.mean)
+    products, projection.sums = compiled.gram(factors.root, factors.diag, dtype, *given)
+    return products
+
+
+def _scan(factors: LowRankFactors) -> tuple[Tensor, bool]:
+    """Return the sum of log d, and whether every d is known to be positive and finite."""
+    if factors.compiled():
+        log_diag, zeros, bad = compiled.scan(factors.diag)
+        return log_diag, zeros == bad == 0
+    return sum_log(factors), False
 
 
 def _point_masses(factors: LowRankFactors) -> Tensor | None:

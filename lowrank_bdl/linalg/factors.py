@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowrank_bdl.linalg import compiled
 from lowrank_bdl.linalg.block_scaling import BLOCK, decode_rows
 
 CPU_CHUNK = 16_384
@@ -48,6 +49,10 @@ class LowRankFactors:
     def rank(self) -> int:
         """The number of columns of R M."""
         return self.root.shape[-1] if self.mix.ndim == 0 else self.mix.shape[-1]
+
+    def compiled(self, *vectors: Tensor | None) -> bool:
+        """Say whether the compiled kernels take this matrix, and vectors ``(D,)`` beside it."""
+        return self.scale is None and compiled.applies(self.root, self.diag, *vectors)
 
     def chunks(self, stream: int = 0, dtype: torch.dtype | None = None) -> Iterator[slice]:
         """Yield slices that cover the coordinates, each a multiple of the scaling block but for the last.
@@ -124,12 +129,20 @@ def multiply(rows: Tensor, columns: Tensor) -> Tensor:
     return rows @ columns
 
 
+def only_column(columns: Tensor) -> Tensor | None:
+    """Return the vector ``(D,)`` if ``columns`` is one column of one matrix, else None."""
+    return columns[:, 0] if columns.ndim == 2 and columns.shape[1] == 1 else None
+
+
 def project(factors: LowRankFactors, columns: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return :math:`R^T X` in float64, shape ``(*B, K, S)``, for ``columns`` X of shape ``(*B, D, S)``.
 
     Cost: one read of the root, O(D K S) time.
     """
     dtype = dtype or factors.diag.dtype
+    vector = only_column(columns)
+    if vector is not None and factors.compiled(vector):
+        return compiled.project(factors.root, None, vector, None, dtype)[:-1].unsqueeze(-1)
     total = factors.zeros(factors.root.shape[-1], columns.shape[-1])
     for part in factors.chunks(max(1, columns.shape[-1]), dtype):
         total += multiply(factors.rows(part, dtype), columns[..., part, :].to(dtype)).double()
@@ -142,6 +155,8 @@ def gram(factors: LowRankFactors, dtype: torch.dtype, weigh: bool = True, point_
     The products of a chunk are taken in ``dtype``, the sum over chunks in float64.
     Cost: one read of the root, O(D K^2) time.
     """
+    if factors.compiled():
+        return compiled.gram(factors.root, factors.diag if weigh else None, dtype)[0]
     columns = factors.root.shape[-1]
     total = factors.zeros(columns, columns)
     for part in factors.chunks():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from lowrank_bdl.linalg.capacitance import Capacitance
+from lowrank_bdl.linalg.capacitance import Capacitance, Projection
 from lowrank_bdl.linalg.factors import LowRankFactors, inverse_std, project
 from lowrank_bdl.linalg.kernels import diagonal, lift_, matmul
 from lowrank_bdl.linalg.ridge import Ridge, ridge
@@ -92,13 +92,14 @@ class SolveFunction(Function):
         ctx: Any,
         factors: LowRankFactors,
         capacitance: Capacitance,
+        projection: Projection | None,
         root: Tensor,
         diag: Tensor,
         mix: Tensor,
         columns: Tensor,
     ) -> Tensor:
         """Compute the value and keep what the gradient needs."""
-        result = ridge(factors, capacitance, columns, solve=True)
+        result = ridge(factors, capacitance, columns, solve=True, projection=projection)
         assert result.solution is not None
         ctx.factors, ctx.capacitance, ctx.weights = factors, result.capacitance, result.weights
         ctx.save_for_backward(root, diag, mix, result.solution)
@@ -113,9 +114,9 @@ class SolveFunction(Function):
         assert result.solution is not None
         needs = ctx.needs_input_grad
         pairs = ((result.solution, -ctx.weights), (solution, -result.weights))
-        root, mix = _low_rank_gradients(factors, pairs, (needs[2], needs[4]))
-        diag = -(result.solution * solution).sum(-1) if needs[3] else None
-        return None, None, root, diag, mix, result.solution if needs[5] else None
+        root, mix = _low_rank_gradients(factors, pairs, (needs[3], needs[5]))
+        diag = -(result.solution * solution).sum(-1) if needs[4] else None
+        return None, None, None, root, diag, mix, result.solution if needs[6] else None
 
 
 class DiagonalFunction(Function):
@@ -161,6 +162,7 @@ class InvQuadLogdetFunction(Function):
         ctx: Any,
         factors: LowRankFactors,
         capacitance: Capacitance,
+        projection: Projection | None,
         keep: list[Ridge],
         root: Tensor,
         diag: Tensor,
@@ -170,7 +172,7 @@ class InvQuadLogdetFunction(Function):
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         """Compute the value and keep what the gradient needs."""
-        result = ridge(factors, capacitance, columns, mean=mean, solve=needs_grad)
+        result = ridge(factors, capacitance, columns, mean=mean, solve=needs_grad, projection=projection)
         keep.append(result)
         if needs_grad:
             ctx.factors, ctx.capacitance, ctx.weights = factors, result.capacitance, result.weights
@@ -184,7 +186,7 @@ class InvQuadLogdetFunction(Function):
         factors, solution = _restore(ctx)
         needs, weights, dtype = ctx.needs_input_grad, ctx.weights, factors.diag.dtype
         scale = (2 * grad_quadratic).unsqueeze(-2)  # (*B, 1, S)
-        columns = solution * scale.to(dtype) if needs[6] or needs[7] else None
+        columns = solution * scale.to(dtype) if needs[7] or needs[8] else None
         pairs = ((solution, -scale * weights),)
         inverse = ctx.capacitance.solve(torch.eye(factors.rank, dtype=torch.float64, device=solution.device))
         double = factors.mix.double()
@@ -194,9 +196,9 @@ class InvQuadLogdetFunction(Function):
         else:
             inner = double @ inverse @ double.mT  # M C^-1 M'
         inner = 2 * grad_logdet[..., None, None] * inner
-        root = _root_gradient(factors, pairs, inner) if needs[3] else None
+        root = _root_gradient(factors, pairs, inner) if needs[4] else None
         diag = None
-        if needs[4]:
+        if needs[5]:
             wide = dtype if ctx.capacitance.method == "storage" else torch.float64
             diag = -(solution.square() * (0.5 * scale).to(dtype)).sum(-1)
             for part in factors.chunks():
@@ -205,7 +207,7 @@ class InvQuadLogdetFunction(Function):
                 leverage = (rows * (inner.to(wide) @ rows)).sum(-2).mul_(0.5 * inverse_diag)
                 diag[..., part] += (grad_logdet[..., None].to(wide) - leverage).mul_(inverse_diag).to(dtype)
         mix = None
-        if needs[5]:
+        if needs[6]:
             if double.ndim:
                 unmixed = factors.zeros(factors.root.shape[-1], factors.root.shape[-1])
                 for part in factors.chunks():
@@ -214,8 +216,8 @@ class InvQuadLogdetFunction(Function):
                     unmixed += (rows * weight) @ rows.mT
                 extra = unmixed @ double @ inverse
             mix = _mix_gradient(factors, pairs, 2 * grad_logdet[..., None, None] * extra)
-        mean = -columns.sum(-1) if columns is not None and needs[7] else None
-        return None, None, None, root, diag, mix, columns if needs[6] else None, mean, None
+        mean = -columns.sum(-1) if columns is not None and needs[8] else None
+        return None, None, None, None, root, diag, mix, columns if needs[7] else None, mean, None
 
 
 def _restore(ctx: Any) -> tuple[LowRankFactors, Tensor]:

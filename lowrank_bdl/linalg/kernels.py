@@ -5,7 +5,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from lowrank_bdl.linalg.factors import LowRankFactors, project
+from lowrank_bdl.linalg import compiled
+from lowrank_bdl.linalg.factors import LowRankFactors, only_column, project
 
 
 def matmul(factors: LowRankFactors, columns: Tensor) -> Tensor:
@@ -18,8 +19,13 @@ def matmul(factors: LowRankFactors, columns: Tensor) -> Tensor:
     Cost: two reads of the root, O(D K S) time, no memory beyond the result and one chunk.
     """
     dtype = factors.diag.dtype
-    inner = factors.mix_forward(factors.mix_transposed(project(factors, columns))).to(dtype)  # (*B, K, S)
+    inner = factors.mix_forward(factors.mix_transposed(project(factors, columns)))  # (*B, K, S)
     result = torch.empty((*factors.batch_shape, factors.dim, columns.shape[-1]), dtype=dtype, device=columns.device)
+    vector = only_column(columns)
+    if vector is not None and factors.compiled(vector):
+        compiled.lift(factors.root, factors.diag, vector, None, inner[:, 0], result[:, 0], std=False)
+        return result
+    inner = inner.to(dtype)
     for part in factors.chunks(max(1, columns.shape[-1])):
         chunk = result[..., part, :]
         torch.mul(factors.diag[..., part, None], columns[..., part, :], out=chunk)
@@ -50,6 +56,8 @@ def diagonal(factors: LowRankFactors) -> Tensor:
     Cost: one read of the root, O(D K) time (O(D K R) with a matrix mix), no memory beyond the result and a chunk.
     """
     dtype = factors.diag.dtype
+    if factors.mix.ndim == 0 and factors.compiled():
+        return compiled.diagonal(factors.root, factors.diag, float(factors.mix.double().square()))
     result = torch.empty_like(factors.diag, memory_format=torch.contiguous_format)
     for part in factors.chunks():
         if factors.mix.ndim == 0:
@@ -97,6 +105,9 @@ def finish_draw_(factors: LowRankFactors, noise: Tensor, inner: Tensor, mean: Te
         inner: :math:`M z_2`, shape ``(*B, K, S)``.
         mean: :math:`m`, shape ``(*B, D)``, or None for zero.
     """
+    if len(noise) == 1 and factors.compiled(noise[0], mean):
+        compiled.lift(factors.root, factors.diag, noise[0], mean, inner[:, 0].double(), noise[0], std=True)
+        return noise
     for part in factors.chunks(stream=max(1, len(noise))):
         block, std = noise[..., part], factors.diag[..., part].sqrt()
         if mean is None:

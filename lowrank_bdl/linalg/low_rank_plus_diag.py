@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lowrank_bdl.errors import MemoryLimitError
 from lowrank_bdl.linalg import kernels
+from lowrank_bdl.linalg.capacitance import Capacitance, Projection
 from lowrank_bdl.linalg.columns import Fold
-from lowrank_bdl.linalg.factors import project
+from lowrank_bdl.linalg.factors import only_column, project
 from lowrank_bdl.linalg.functions import DiagonalFunction, InvQuadLogdetFunction, MatmulFunction, SolveFunction
 from lowrank_bdl.linalg.inverse import InverseLowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.operator_structure import LowRankPlusDiagStructure
@@ -85,9 +86,12 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
 
         Cost: a factorisation, once, and two reads of the root, four where float64 is needed.
         """
-        capacitance = self._core.capacitance()
-        apply = SolveFunction.apply
-        result = self._over_columns(right_tensor, lambda factors, *args: apply(factors, capacitance, *args))
+        core = self._core
+        fold = Fold(right_tensor, self.batch_shape, core.batch_shape, self.shape[-1])
+        columns = fold.columns.to(self.dtype)
+        capacitance, projection = self._capacitance_for(columns, None)
+        tensors = (core.root, core.diag, core.mix, columns)
+        result = fold.undo(SolveFunction.apply(core.factors, capacitance, projection, *tensors))
         return result if left_tensor is None else left_tensor @ result
 
     def _solve(self, rhs: Tensor, preconditioner: Any = None, num_tridiag: int | None = 0) -> Tensor:
@@ -137,15 +141,21 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
     def _inv_quad_logdet(self, columns: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return quadratic forms ``(*B, S)`` of folded columns minus mean, and the log-determinant, both float64."""
         core = self._core
-        capacitance = core.capacitance()
+        capacitance, projection = self._capacitance_for(columns, mean)
         tensors = (core.root, core.diag, core.mix, columns) + (() if mean is None else (mean,))
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         kept: list[Ridge] = []
         quadratic, logdet = InvQuadLogdetFunction.apply(
-            core.factors, capacitance, kept, core.root, core.diag, core.mix, columns, mean, needs_grad
+            core.factors, capacitance, projection, kept, core.root, core.diag, core.mix, columns, mean, needs_grad
         )
         core._refine(kept[0])
         return quadratic, logdet
+
+    def _capacitance_for(self, columns: Tensor, mean: Tensor | None) -> tuple[Capacitance, Projection | None]:
+        """Return the factorisation, and the projection of a single column if a factorisation had to be made for it."""
+        vector = only_column(columns)
+        projection = None if vector is None else Projection(vector, mean)
+        return self._core.capacitance(projection=projection), projection
 
     def inv_quad(self, inv_quad_rhs: Tensor, reduce_inv_quad: bool = True) -> Tensor:
         r"""Return :math:`\mathrm{tr}(X^\top \Sigma^{-1} X)`, as `inv_quad_logdet` does."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
+from lowrank_bdl.linalg import compiled
 
 STATE_NAMES = ("shift", "offset", "sum_sq", "count", "prior_count")
 
@@ -196,6 +197,16 @@ class StreamingMoments:
             )
         count = self.count + 1
         first = count == 1 and self.prior_count == 0
+        if compiled.collects(x, self.shift, self.offset, self.sum_sq):
+            apart = deviation is not None and not compiled.collects(x, deviation)
+            row = None if apart else deviation
+            compiled.collect(x, (self.shift, self.offset, self.sum_sq), row, count, self.prior_count)
+            self._count += 1
+            if apart and deviation is not None:  # a row of another dtype: the moments must not depend on that
+                for columns in column_chunks(self.numel, x.device):
+                    shifted = x[columns] - self.shift[columns]
+                    deviation[columns] = shifted.sub_(self.offset[columns], alpha=self._mean_weight)
+            return
         for columns in column_chunks(self.numel, x.device):
             part, offset = x[columns].to(self.shift.dtype), self.offset[columns]
             if first:

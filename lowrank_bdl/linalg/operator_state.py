@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from lowrank_bdl.errors import ShapeError, StaleError
 from lowrank_bdl.linalg.block_scaling import num_blocks
-from lowrank_bdl.linalg.capacitance import Capacitance, factorize
+from lowrank_bdl.linalg.capacitance import Capacitance, Projection, factorize
 from lowrank_bdl.linalg.factors import LowRankFactors
 from lowrank_bdl.linalg.ridge import Ridge
 
@@ -102,19 +102,20 @@ class LowRankPlusDiagState(LowRankRootAddedDiagLinearOperator):
             )
         return LowRankFactors(self.root, self.diag, self.mix, self.root_scale)
 
-    def capacitance(self, least: str = "storage") -> Capacitance:
+    def capacitance(self, least: str = "storage", projection: Projection | None = None) -> Capacitance:
         """Return the factorisation, computed again only if a tensor was changed in place since the last call.
 
         Args:
             least: ``"double"`` asks for one from float64 products where the one at hand is from the storage dtype's.
+            projection: Taken along if a factorisation is made now.
         """
         factors, versions = self.factors, self._versions()
         if self._unexpanded is not None:
             raise AssertionError("an expanded operator factorises its core")
         if self._factored is None or versions is None or self._factored[0] != versions:
-            self._factored = (versions or (), factorize(factors, least))
+            self._factored = (versions or (), factorize(factors, least, projection))
         elif least == "double" and self._factored[1].method == "storage":
-            self._factored = (versions, factorize(factors, least))
+            self._factored = (versions, factorize(factors, least, projection))
         return self._factored[1]
 
     def _refine(self, result: Ridge) -> None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lowrank_bdl.errors import NotConvergedError, ShapeError
+from lowrank_bdl.linalg import compiled
 from lowrank_bdl.linalg.factors import gram
 from lowrank_bdl.linalg.lanczos import lanczos
 from lowrank_bdl.linalg.operator_state import LowRankPlusDiagState
@@ -64,7 +65,10 @@ def principal_components(
     for dtype in dict.fromkeys((operator.dtype, torch.float64)):
         values, vectors = torch.linalg.eigh(factors.mixed_gram(gram(factors, dtype, weigh=False)))
         values, vectors = values.flip(-1)[:k], vectors.flip(-1)[:, :k]
-        if k == 0 or bool(2 * torch.finfo(dtype).eps * values[0] <= VARIANCE_TOLERANCE * values[-1]):
+        rounding = 2 * torch.finfo(dtype).eps
+        if factors.compiled():
+            rounding = compiled.rounding(factors.dim, dtype)
+        if k == 0 or bool(rounding * values[0] <= VARIANCE_TOLERANCE * values[-1]):
             break  # else the Gram matrix in the storage dtype loses the smallest variance: again in float64
     if k and not bool(values[-1] > factors.rank * torch.finfo(torch.float64).eps * values[0]):
         numerical = int((values > factors.rank * torch.finfo(torch.float64).eps * values[0].clamp_min(0)).sum())
@@ -73,6 +77,8 @@ def principal_components(
     dtype = operator.dtype
     if k and torch.finfo(dtype).eps * (values[0] / values[-1]).sqrt().item() > ORTHONORMAL_TOLERANCE:
         dtype = torch.float64
+    if k and factors.compiled():
+        return values, compiled.rotate(factors.root, inner.mT, dtype).mT
     directions = torch.empty(k, factors.dim, dtype=operator.dtype, device=operator.device)
     for part in factors.chunks():
         directions[:, part] = inner.mT.to(dtype) @ factors.rows(part, dtype)

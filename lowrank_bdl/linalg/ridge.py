@@ -5,9 +5,12 @@ For one vector x let :math:`y = D^{-1/2} x` and :math:`W = D^{-1/2} R M`. Then
 .. math:: x^\top \Sigma^{-1} x = \min_z \|y - W z\|^2 + \|z\|^2, \qquad \Sigma^{-1} x = D^{-1/2} (y - W z),
 
 with :math:`z = C^{-1} W^\top y`: two reads of the root and no subtraction of large numbers, which is where the Woodbury
-form :math:`\|y\|^2 - \|L^{-1} W^\top y\|^2` loses everything. What rounding is left grows with eps times the norm of
+form :math:`\|y\|^2 - z^\top W^\top y` loses everything. What rounding is left grows with eps times the norm of
 y over the norm of the residual. Both are at hand, so the error is bounded after every pass, and a pass whose bound is
 too large is redone in float64, or by a QR factorisation with sorted rows.
+
+Where the compiled kernels sum :math:`W^\top y` and C, and x is not much longer than a draw, the subtraction loses next
+to nothing, and one read is enough: the Woodbury form is taken if its own error estimate is below the same tolerance.
 """
 
 import math
@@ -17,8 +20,9 @@ import torch
 from torch import Tensor
 
 from lowrank_bdl.errors import NotPSDError
-from lowrank_bdl.linalg.capacitance import Capacitance, factorize
-from lowrank_bdl.linalg.factors import LowRankFactors, inverse_std, inverse_variance, multiply
+from lowrank_bdl.linalg import compiled
+from lowrank_bdl.linalg.capacitance import Capacitance, Projection, factorize
+from lowrank_bdl.linalg.factors import LowRankFactors, inverse_std, inverse_variance, multiply, only_column
 from lowrank_bdl.linalg.kernels import lift_
 from lowrank_bdl.linalg.stiff import stiff_ridge
 
@@ -64,6 +68,7 @@ def ridge(
     *,
     mean: Tensor | None = None,
     solve: bool = False,
+    projection: Projection | None = None,
 ) -> Ridge:
     r"""Solve for ``columns`` minus ``mean``, in the cheapest arithmetic whose error bound is good enough.
 
@@ -73,28 +78,42 @@ def ridge(
         columns: Right-hand sides x, shape ``(*B, D, S)``.
         mean: Subtracted from every column chunk by chunk, so that no D x S difference is formed; ``(*B, D)``.
         solve: Whether to return :math:`\Sigma^{-1} x` too.
+        projection: That of the only column, if the factorisation took it along.
 
     Raises:
         NotPSDError: If ``solve`` is asked for and even float64 loses it: the variances of some coordinates are too
             far below their deviations.
 
-    Cost: two reads of the root, O(D K S) time; repeated in float64 where the bound asks for it.
+    Cost: two reads of the root, or one for a quadratic form by the compiled kernels; O(D K S) time; repeated in float64
+    where the bound asks for it.
     """
     for dtype in dict.fromkeys((factors.diag.dtype, torch.float64)):
         if dtype is torch.float64 and capacitance.method == "storage" and factors.diag.dtype is not dtype:
             capacitance = factorize(factors, least="double")
         if capacitance.method == "qr" or (capacitance.method == "double" and dtype is not torch.float64):
             continue
-        inner, start = _weighted_projection(factors, capacitance, columns, mean, dtype)
-        weights = capacitance.solve(factors.mix_transposed(inner))
+        if projection is not None and projection.sums is not None:
+            inner, start = projection.sums[:-1].unsqueeze(-1), projection.sums[-1:]
+            projection = None  # it is of the arithmetic of the factorisation, the first one that is tried
+        else:
+            inner, start = _weighted_projection(factors, capacitance, columns, mean, dtype)
+        projected = factors.mix_transposed(inner)
+        weights = capacitance.solve(projected)
+        solution = None
+        if not solve and factors.mix.ndim == 0 and factors.compiled(only_column(columns), mean):
+            quadratic = start - (projected * weights).sum(-2)
+            lost = _subtraction_error(start, weights, capacitance, compiled.rounding(factors.dim, dtype))
+            if bool((lost <= QUADRATIC_TOLERANCE * quadratic).all()):
+                break  # a Gram matrix and a projection of this precision leave nothing for a second pass to mend
         residual = _residual(factors, capacitance, weights, columns, mean, dtype, solve)
-        quadratic = residual.square + weights.square().sum(-2)
+        quadratic, solution = residual.square + weights.square().sum(-2), residual.solution
         if _error(start, quadratic, residual if solve else None, capacitance, factors, dtype) < 1.0:
             break
     else:
         centred = columns.double() if mean is None else columns.double() - mean.double().unsqueeze(-1)
         quadratic, weights = stiff_ridge(factors, centred)
         residual = _residual(factors, capacitance, weights, columns, mean, torch.float64, solve)
+        solution = residual.solution
         lost = torch.finfo(torch.float64).eps * _ratio(residual.solution_start, residual.solution_square)
         if solve and bool((lost > STIFF_SOLVE_TOLERANCE).any()):
             raise NotPSDError(
@@ -105,7 +124,18 @@ def ridge(
     if capacitance.point_mass is not None:
         off = columns != (0 if mean is None else mean.unsqueeze(-1))
         quadratic = quadratic.masked_fill((off & capacitance.point_mass.unsqueeze(-1)).any(-2), math.inf)
-    return Ridge(quadratic, weights, residual.solution, capacitance)
+    return Ridge(quadratic, weights, solution, capacitance)
+
+
+def _subtraction_error(start: Tensor, weights: Tensor, capacitance: Capacitance, rounding: float) -> Tensor:
+    r"""Return the estimated error of :math:`\|y\|^2 - z^\top W^\top y` for a scalar mix, shape ``(S,)``.
+
+    The relative error ``rounding`` of the sums :math:`w_i^\top y` and :math:`w_i^\top w_j` enters by
+    :math:`2 \|y\| t + t^2` with :math:`t = \sum_i |z_i| \|w_i\|`.
+    """
+    norms = capacitance.gram.diagonal().clamp_min(0).sqrt().unsqueeze(-1)
+    moved = (weights.abs() * norms).sum(-2)
+    return rounding * (2 * start.sqrt() * moved + moved.square())
 
 
 def _error(
@@ -156,7 +186,12 @@ def _residual(
 ) -> _Residual:
     """Pass over the residual for given weights z, with products in ``dtype``."""
     count = columns.shape[-1]
-    inner = factors.mix_forward(weights).to(dtype)
+    inner = factors.mix_forward(weights)
+    vector = only_column(columns)
+    if vector is not None and factors.compiled(vector, mean):
+        sums, quotient = compiled.residual(factors.root, factors.diag, vector, mean, inner[:, 0], dtype, solve)
+        return _Residual(sums[:1], None if quotient is None else quotient.unsqueeze(-1), sums[1:2], sums[2:])
+    inner = inner.to(dtype)
     square, solution_square, solution_start = (factors.zeros(count) for _ in range(3))
     solution = None
     if solve:
@@ -182,6 +217,10 @@ def _weighted_projection(
 
     Products are taken in ``dtype``; the norm is for error bounds alone and summed in ``dtype`` within a chunk.
     """
+    vector = only_column(columns)
+    if vector is not None and factors.compiled(vector, mean):
+        sums = compiled.project(factors.root, factors.diag, vector, mean, dtype)
+        return sums[:-1].unsqueeze(-1), sums[-1:]
     total = factors.zeros(factors.root.shape[-1], columns.shape[-1])
     norm = factors.zeros(columns.shape[-1])
     masses = capacitance.point_mass is not None
