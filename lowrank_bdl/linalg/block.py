@@ -33,9 +33,12 @@ def positions(index: Index, size: int, device: torch.device) -> Tensor:
         if index.shape != (size,):
             raise IndexError(f"a mask of coordinates must have shape ({size},); got {tuple(index.shape)}.")
         return index.nonzero().squeeze(-1)
-    if index.numel() and not (-size <= int(index.min()) and int(index.max()) < size):
-        raise IndexError(f"coordinates must be in [-{size}, {size}); got {int(index.min())} to {int(index.max())}.")
-    return torch.where(index < 0, index + size, index).long()
+    if not index.numel():
+        return index.long()
+    smallest, largest = (int(value) for value in torch.aminmax(index))
+    if not (-size <= smallest and largest < size):
+        raise IndexError(f"coordinates must be in [-{size}, {size}); got {smallest} to {largest}.")
+    return (torch.where(index < 0, index + size, index) if smallest < 0 else index).long()
 
 
 def plain_index(index: Any, shape: torch.Size) -> tuple[Any, ...]:

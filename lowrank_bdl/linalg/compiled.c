@@ -29,6 +29,7 @@
 #endif
 
 #define BLOCK 1024
+enum { SIDE = 6 }; /* rows of a rotation whose sums, two registers each, are kept at once */
 #define PIECES 64
 #define LANES ((int)(BYTES / sizeof(REAL)))
 /* One line more than a block: rows of the buffer would otherwise all fall into the same set of the first-level cache. */

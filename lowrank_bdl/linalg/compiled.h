@@ -4,6 +4,7 @@
 
 typedef REAL NAME(vector) __attribute__((vector_size(BYTES)));
 typedef STORED NAME(stored) __attribute__((vector_size(BYTES / sizeof(REAL) * sizeof(STORED)), aligned(sizeof(STORED))));
+typedef REAL NAME(loose) __attribute__((vector_size(BYTES), aligned(sizeof(REAL))));
 #define VEC NAME(vector)
 #define LOAD(p) __builtin_convertvector(*(const NAME(stored) *)(p), VEC)
 
@@ -22,15 +23,16 @@ static inline double NAME(total)(VEC v) {
     return sum;
 }
 
-/* Add the TILE x TILE dot products of buffered rows a and b to `out`; meanwhile fetch two rows of the next block. */
-static void NAME(tile)(const REAL *a, const REAL *b, double *out, int side, const STORED *ahead, const STORED *next) {
+/* Add the TILE x TILE dot products of rows a and b to `out`; meanwhile fetch two rows of the next block. */
+static void NAME(tile)(const REAL *const *a, const REAL *const *b, double *out, int side, const STORED *ahead,
+                       const STORED *next) {
     VEC sums[TILE][TILE];
     memset(sums, 0, sizeof sums);
     for (int i = 0; i < BLOCK; i += LANES) {
         VEC x[TILE], y[TILE];
         for (int t = 0; t < TILE; t++) {
-            x[t] = *(const VEC *)(a + t * STRIDE + i);
-            y[t] = *(const VEC *)(b + t * STRIDE + i);
+            x[t] = *(const NAME(loose) *)(a[t] + i);
+            y[t] = *(const NAME(loose) *)(b[t] + i);
             IN_REGISTER(x[t]);
             IN_REGISTER(y[t]);
         }
@@ -70,7 +72,8 @@ int NAME(gram)(const STORED *rows, ptrdiff_t ld, int k, ptrdiff_t dim, const STO
     {
         const size_t size = sizeof(REAL) * (size_t)STRIDE * (side + 2);
         REAL *buffer = aligned_alloc(BYTES, size);
-        if (buffer == NULL) {
+        const REAL **row = malloc(side * sizeof *row);
+        if (buffer == NULL || row == NULL) {
 #pragma omp atomic write
             failed = 1;
         } else {
@@ -85,11 +88,15 @@ int NAME(gram)(const STORED *rows, ptrdiff_t ld, int k, ptrdiff_t dim, const STO
             FOR_BLOCKS(piece, dim, block) {
                 const ptrdiff_t start = block * BLOCK;
                 const int n = WIDTH(dim, start);
-                for (int i = 0; i < n; i++) {
+                /* Rows are multiplied where they are if they are whole, unweighted and of the type computed in. */
+                const int direct = diag == NULL && x == NULL && n == BLOCK && sizeof(STORED) == sizeof(REAL);
+                for (int i = 0; i < n && !direct; i++) {
                     const REAL d = diag == NULL ? 1 : diag[start + i];
                     weight[i] = d > 0 ? 1 / (sizeof(REAL) == 4 ? sqrtf(d) : sqrt(d)) : 0;
                 }
-                for (int r = 0; r < k; r++) {
+                for (int r = 0; r < side; r++)
+                    row[r] = direct ? (const REAL *)(rows + (r < k ? r : k - 1) * ld + start) : buffer + (size_t)r * STRIDE;
+                for (int r = 0; r < k && !direct; r++) {
                     const STORED *source = rows + r * ld + start;
                     REAL *target = buffer + (size_t)r * STRIDE;
                     for (int i = 0; i < n; i++) target[i] = source[i] * weight[i];
@@ -105,13 +112,13 @@ int NAME(gram)(const STORED *rows, ptrdiff_t ld, int k, ptrdiff_t dim, const STO
                 for (int p = 0; p < tiles; p++)
                     for (int q = p; q < tiles; q++, fetched += 2) {
                         const int one = fetched < k ? fetched : k - 1, two = fetched + 1 < k ? fetched + 1 : k - 1;
-                        NAME(tile)(buffer + (size_t)p * TILE * STRIDE, buffer + (size_t)q * TILE * STRIDE,
-                                   sum + (p * side + q) * TILE, side, rows + one * ld + start + BLOCK,
-                                   rows + two * ld + start + BLOCK);
+                        NAME(tile)(row + p * TILE, row + q * TILE, sum + (p * side + q) * TILE, side,
+                                   rows + one * ld + start + BLOCK, rows + two * ld + start + BLOCK);
                     }
             }
         }
         free(buffer);
+        free(row);
     }
     if (!failed) {
         add_pieces(sums, area);
@@ -272,11 +279,29 @@ int NAME(lift)(const STORED *rows, ptrdiff_t ld, int k, ptrdiff_t dim, const STO
     return 0;
 }
 
-/* out (m rows, `out_ld` apart) = A R', A of shape (m, k): a block of the root at a time, four rows of A at a time. */
+/* Write `width` rows of A R' from i on, 2 * LANES columns: the sums stay in registers if width is a constant. */
+static inline __attribute__((always_inline)) void NAME(rotate_tile)(const STORED *rows, ptrdiff_t ld, int k, const REAL *w,
+                                                                    STORED *out, ptrdiff_t out_ld, const int width) {
+    VEC sums[SIDE][2];
+    memset(sums, 0, sizeof sums);
+    for (int r = 0; r < k; r++, rows += ld) {
+        const VEC left = LOAD(rows), right = LOAD(rows + LANES);
+        for (int t = 0; t < width; t++) {
+            sums[t][0] += left * w[t * k + r];
+            sums[t][1] += right * w[t * k + r];
+        }
+        __builtin_prefetch(rows + BLOCK, 0, 2);
+        __builtin_prefetch(rows + BLOCK + LANES, 0, 2);
+    }
+    for (int t = 0; t < width; t++)
+        for (int side = 0; side < 2; side++)
+            *(NAME(stored) *)(out + t * out_ld + side * LANES) = __builtin_convertvector(sums[t][side], NAME(stored));
+}
+
+/* out (m rows, `out_ld` apart) = A R', A of shape (m, k): SIDE rows of A in each walk over the root. */
 int NAME(rotate)(const STORED *rows, ptrdiff_t ld, int k, ptrdiff_t dim, const double *a, int m, STORED *out,
                  ptrdiff_t out_ld, int threads) {
-    enum { SIDE = 4 };
-    REAL *weights = calloc((size_t)(m + SIDE) * k, sizeof(REAL));
+    REAL *weights = malloc((size_t)m * k * sizeof(REAL));
     if (weights == NULL) return 1;
     for (size_t i = 0; i < (size_t)m * k; i++) weights[i] = (REAL)a[i];
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -284,26 +309,20 @@ int NAME(rotate)(const STORED *rows, ptrdiff_t ld, int k, ptrdiff_t dim, const d
         const int n = WIDTH(dim, start), whole = n / (2 * LANES) * (2 * LANES);
         for (int j = 0; j < m; j += SIDE) {
             const REAL *w = weights + (size_t)j * k;
-            const int count = m - j < SIDE ? m - j : SIDE;
+            const int width = m - j < SIDE ? m - j : SIDE;
             for (int i = 0; i < whole; i += 2 * LANES) {
-                VEC sums[SIDE][2];
-                memset(sums, 0, sizeof sums);
                 const STORED *from = rows + start + i;
-                for (int r = 0; r < k; r++, from += ld) {
-                    const VEC left = LOAD(from), right = LOAD(from + LANES);
-                    for (int t = 0; t < SIDE; t++) {
-                        sums[t][0] += left * w[t * k + r];
-                        sums[t][1] += right * w[t * k + r];
-                    }
-                    if (j == 0) __builtin_prefetch(from + BLOCK, 0, 2), __builtin_prefetch(from + BLOCK + LANES, 0, 2);
+                STORED *to = out + j * out_ld + start + i;
+                switch (width) {
+                case 1: NAME(rotate_tile)(from, ld, k, w, to, out_ld, 1); break;
+                case 2: NAME(rotate_tile)(from, ld, k, w, to, out_ld, 2); break;
+                case 3: NAME(rotate_tile)(from, ld, k, w, to, out_ld, 3); break;
+                case 4: NAME(rotate_tile)(from, ld, k, w, to, out_ld, 4); break;
+                case 5: NAME(rotate_tile)(from, ld, k, w, to, out_ld, 5); break;
+                default: NAME(rotate_tile)(from, ld, k, w, to, out_ld, SIDE);
                 }
-                for (int t = 0; t < count; t++)
-                    for (int side = 0; side < 2; side++) {
-                        STORED *target = out + (j + t) * out_ld + start + i + side * LANES;
-                        *(NAME(stored) *)target = __builtin_convertvector(sums[t][side], NAME(stored));
-                    }
             }
-            for (int t = 0; t < count; t++)
+            for (int t = 0; t < width; t++)
                 for (int i = whole; i < n; i++) {
                     REAL sum = 0;
                     for (int r = 0; r < k; r++) sum += w[t * k + r] * rows[r * ld + start + i];
@@ -312,6 +331,28 @@ int NAME(rotate)(const STORED *rows, ptrdiff_t ld, int k, ptrdiff_t dim, const d
         }
     }
     free(weights);
+    return 0;
+}
+
+/* out (k rows, `count` apart) = the columns of the rows at `index`; a block of consecutive ones is copied whole. */
+int NAME(gather)(const STORED *rows, ptrdiff_t ld, int k, ptrdiff_t dim, const int64_t *index, ptrdiff_t count,
+                 STORED *out, int threads) {
+    (void)dim;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (ptrdiff_t start = 0; start < count; start += BLOCK) {
+        const int n = WIDTH(count, start);
+        const int64_t *at = index + start, first = at[0];
+        int breaks = 0;
+        for (int i = 0; i < n; i++) breaks += at[i] != first + i;
+        for (int r = 0; r < k; r++) {
+            const STORED *from = rows + r * ld;
+            STORED *to = out + r * count + start;
+            if (breaks == 0)
+                memcpy(to, from + first, n * sizeof(STORED));
+            else
+                for (int i = 0; i < n; i++) to[i] = from[at[i]];
+        }
+    }
     return 0;
 }
 

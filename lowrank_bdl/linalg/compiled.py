@@ -127,6 +127,14 @@ def rotate(root: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
+def gather(root: Tensor, index: Tensor) -> Tensor:
+    """Return the rows of R at ``index`` (n,), which must be in range, as a new K x n tensor."""
+    index = index.contiguous()
+    result = torch.empty(root.shape[-1], len(index), dtype=root.dtype)
+    _call("gather", root, root.dtype, _pointer(index), ctypes.c_ssize_t(len(index)), _pointer(result))
+    return result
+
+
 def diagonal(root: Tensor, diag: Tensor, factor: float) -> Tensor:
     """Return ``d + factor * rowsum(R * R)``, shape ``(D,)``."""
     result = torch.empty_like(diag)

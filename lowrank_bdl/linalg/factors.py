@@ -83,6 +83,12 @@ class LowRankFactors:
         rows = self.root.mT[..., index].to(dtype)
         return rows if self.scale is None else rows * self.scale[..., index // BLOCK].to(dtype)
 
+    def gathered(self, index: Tensor) -> Tensor:
+        """Return :math:`R^T` as it is stored at coordinates ``index`` (n,) in range, shape ``(*B, K, n)``."""
+        if self.compiled() and not (torch.is_grad_enabled() and self.root.requires_grad):
+            return compiled.gather(self.root, index)
+        return self.root.mT[..., index]
+
     def mix_transposed(self, columns: Tensor) -> Tensor:
         """Return :math:`M^T x` in float64 for ``columns`` x of shape ``(*B, K, S)``."""
         mix = self.mix.double()

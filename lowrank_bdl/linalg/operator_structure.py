@@ -174,7 +174,9 @@ class LowRankPlusDiagStructure(LowRankPlusDiagState):
         if self.root_scale is not None:
             gathered = self.factors.rows_at(positions(rows, size, self.device), self.dtype)
             return self._derived(gathered.mT, diag, self.mix, None)
-        return self._derived(self.factors.root.mT[..., rows].mT, diag, self.mix, None)
+        factors = self.factors
+        chosen = factors.root.mT[..., rows] if isinstance(rows, slice) else factors.gathered(rows)
+        return self._derived(chosen.mT, diag, self.mix, None)
 
     def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
         root = self._decoded().factors.root

@@ -94,7 +94,7 @@ def test_vectors(dim, rank, dtype):
     version = alias._version
     assert compiled.lift(root, diag, alias, None, z, alias, std=False) is alias and alias._version > version
     assert_close(alias, diag.double() * x.double() + low_rank, dtype)
-    for count in (1, 4, 5):
+    for count in (1, 2, 3, 4, 5, 6, 13):
         weights = torch.randn(count, rank, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
         for arithmetic in {dtype, torch.float64}:
             assert_close(compiled.rotate(root, weights, arithmetic), weights @ wide.mT, dtype)
@@ -115,6 +115,24 @@ def test_rows_apart():
     assert not compiled.applies(root, diag, x.double()) and not compiled.applies(root, diag, x[:5])
     assert not compiled.applies(root[None], diag[None]) and not compiled.applies(root[:, :0], diag)
     assert not compiled.applies(root.to("meta"), diag.to("meta"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gather(dtype):
+    """Runs of coordinates, which are copied whole, and scattered ones, in the operator as in the kernel."""
+    root, diag, x, _ = problem(5000, 5, dtype)
+    g = torch.Generator().manual_seed(1)
+    runs = torch.cat((torch.arange(1000, 3500), torch.arange(10), torch.arange(4000, 5000)))
+    for index in (runs, torch.randperm(5000, generator=g)[:1500], runs.flip(0), runs[:0], runs[::2]):
+        assert torch.equal(compiled.gather(root, index), root.mT[:, index])
+    operator = LowRankPlusDiagLinearOperator(root, diag.clamp_min(0.1))
+    block = operator[runs][:, runs]
+    expected = LowRankPlusDiagLinearOperator(root.mT[:, runs].mT, diag.clamp_min(0.1)[runs])
+    assert torch.equal(block.root, expected.root) and torch.equal(block.diag, expected.diag)
+    leaf = root.clone().requires_grad_()
+    chosen = LowRankPlusDiagLinearOperator(leaf, diag.clamp_min(0.1)).select(runs, runs)
+    chosen.solve(x[runs]).sum().backward()  # a gather that is asked for a gradient is left to torch
+    assert leaf.grad is not None and bool((leaf.grad[runs] != 0).any()) and not bool(leaf.grad[3600:3900].any())
 
 
 def test_scan_counts_and_takes_subnormals():
