@@ -23,9 +23,8 @@ from torch import Tensor
 import lowrank_bdl as lb
 from benchmarks.environment import environment
 from experiments.common import SettingsError, format_table, write_atomically
-from experiments.data import load
 from experiments.evaluation import Evaluation, evaluate_method
-from experiments.quickstart import Settings, new_model
+from experiments.quickstart import Settings, load_data, new_model
 from lowrank_bdl.linalg.block_scaling import encode_rows, needs_scale
 
 PROG = "python -m benchmarks.storage_precision"
@@ -109,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (arguments.run / "results.json").is_file():
             raise SettingsError(f"{arguments.run} is no finished quickstart run (python -m experiments.quickstart)")
         settings = Settings(**json.loads((arguments.run / "settings.json").read_text()))
-        data = load(settings.dataset, arguments.data_path, settings.train_size)
+        data = load_data(settings, arguments.data_path, torch.device("cpu"))
     except SettingsError as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2

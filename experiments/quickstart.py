@@ -42,7 +42,7 @@ from experiments.common import (
     resolve_device,
     setting,
 )
-from experiments.data import DATASETS, ImageData, load
+from experiments.datasets import Datasets, load_dataset
 from experiments.evaluation import (
     Evaluation,
     average_curve,
@@ -97,7 +97,7 @@ class Settings:
     """Everything that decides what a run does; None means the data set's default."""
 
     dir: str = setting("runs/quickstart", "folder to write to; an earlier run's files are replaced", free=True)
-    dataset: str = setting("digits", f"data set: {', '.join(DATASETS)}; digits needs no files")
+    dataset: str = setting("digits", f"data set: {', '.join(DEFAULTS)}; digits needs no files")
     data_path: str | None = setting(None, "folder with the files of MNIST or CIFAR10", kind=str, free=True)
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA where there is some", free=True)
     threads: int | None = _by_dataset("threads", "CPU threads, 0 for torch's choice", kind=int, free=True)
@@ -122,8 +122,8 @@ class Settings:
 
 def check(settings: Settings) -> Settings:
     """Fill in the data set's defaults; refuse what cannot run."""
-    if settings.dataset not in DATASETS:
-        raise SettingsError(f"unknown data set {settings.dataset!r}; known are {', '.join(DATASETS)}")
+    if settings.dataset not in DEFAULTS:
+        raise SettingsError(f"unknown data set {settings.dataset!r}; known are {', '.join(DEFAULTS)}")
     missing = {
         name: value for name, value in DEFAULTS[settings.dataset].items()
         if name not in ("max_shift", "flip") and getattr(settings, name) is None
@@ -146,14 +146,19 @@ def check(settings: Settings) -> Settings:
     return settings
 
 
-def new_model(settings: Settings, data: ImageData, device: torch.device) -> nn.Module:
+def load_data(settings: Settings, data_path: str | None, device: torch.device) -> Datasets:
+    """Load training, validation and test images."""
+    limit = settings.train_size
+    return load_dataset(settings.dataset, data_path, use_test=True, validation=True, train_limit=limit, device=device)
+
+
+def new_model(settings: Settings, data: Datasets, device: torch.device) -> nn.Module:
     """Make the network with initial weights that depend on the seed alone."""
     torch.manual_seed(settings.seed)
-    channels, size = data.train.inputs.shape[1], data.train.inputs.shape[-1]
-    return SmallConvNet(channels, size, data.num_classes, settings.width).to(device)
+    return SmallConvNet(data.channels, data.image_size, data.num_classes, settings.width).to(device)
 
 
-def run_phases(settings: Settings, run: RunDir, data: ImageData, device: torch.device) -> tuple[nn.Module, Tensor, Any]:
+def run_phases(settings: Settings, run: RunDir, data: Datasets, device: torch.device) -> tuple[nn.Module, Tensor, Any]:
     """Train both runs, or finish them; return the network, SGD's weights (D,) and the SWAG collector."""
     recipe = DEFAULTS[settings.dataset]
     common = dict(
@@ -190,7 +195,7 @@ def draw_figures(
     model: nn.Module,
     posterior: Any,
     evaluations: dict[str, Evaluation],
-    data: ImageData,
+    data: Datasets,
 ) -> None:
     """Write the five figures."""
     ece = {name: evaluations[name].metrics["test"]["ece"] for name in METHODS}
@@ -222,7 +227,7 @@ def draw_figures(
     )
 
 
-def report(settings: Settings, evaluations: dict[str, Evaluation], posteriors: dict[str, Any], data: ImageData) -> str:
+def report(settings: Settings, evaluations: dict[str, Evaluation], posteriors: dict[str, Any], data: Datasets) -> str:
     """Lay out the two tables."""
     rows = []
     for name, evaluation in evaluations.items():
@@ -254,7 +259,7 @@ def report(settings: Settings, evaluations: dict[str, Evaluation], posteriors: d
     return f"{title}\n\n{first}\n\n{format_table(header, rows)}\n\n{note}"
 
 
-def experiment(settings: Settings, data: ImageData, run: RunDir, device: torch.device) -> str:
+def experiment(settings: Settings, data: Datasets, run: RunDir, device: torch.device) -> str:
     """Train, evaluate, draw, and write results.json last; return the tables."""
     began = time.perf_counter()
     model, sgd, swag = run_phases(settings, run, data, device)
@@ -299,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     threads = torch.get_num_threads()
     try:
         device = resolve_device(settings.device)
-        data = load(settings.dataset, settings.data_path, settings.train_size).to(device)
+        data = load_data(settings, settings.data_path, device)
         if settings.threads:
             torch.set_num_threads(settings.threads)
         run = RunDir(settings, OUTPUTS, device)

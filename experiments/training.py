@@ -11,11 +11,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from experiments.augmentation import augment
 from experiments.common import RunDir, SettingsError
-from experiments.data import Split
+from experiments.datasets import Split
 
 
 class Collector(Protocol):
@@ -41,27 +42,6 @@ def learning_rate(epoch: int, lr_init: float, final_lr: float, horizon: int) -> 
     t = epoch / horizon if horizon else 1.0
     progress = min(max((t - 0.5) / 0.4, 0.0), 1.0)
     return lr_init + progress * (final_lr - lr_init)
-
-
-def augment(images: Tensor, max_shift: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to `max_shift` pixels, zero-padded; if `flip`, mirror it with probability 1/2.
-
-    Args:
-        images: Shape (N, C, H, W).
-        max_shift: Largest shift along each axis [pixels].
-        flip: Whether to flip.
-        generator: A CPU generator, so that every device gets the same images.
-    """
-    n, _, height, width = images.shape
-    shift = torch.randint(0, 2 * max_shift + 1, (2, n), generator=generator)
-    columns = torch.arange(width).expand(n, width)
-    if flip:
-        flipped = torch.rand(n, 1, generator=generator) < 0.5
-        columns = torch.where(flipped, columns.flip(-1), columns)
-    image = torch.arange(n, device=images.device)[:, None, None]
-    row = (shift[0, :, None] + torch.arange(height)).to(images.device)[:, :, None]
-    column = (shift[1, :, None] + columns).to(images.device)[:, None, :]
-    return pad(images, (max_shift,) * 4).movedim(1, -1)[image, row, column].movedim(-1, 1).contiguous()
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import lowrank_bdl as lb
-from experiments.data import ImageData, Split
+from experiments.datasets import Datasets, Split
 from experiments.evaluation import average_curve, describe_posterior, evaluate_method, losses_along_rays, rays
 from experiments.models import SmallConvNet
 
@@ -20,13 +20,13 @@ def model() -> nn.Module:
 
 
 @pytest.fixture
-def data() -> ImageData:
+def data() -> Datasets:
     generator = torch.Generator().manual_seed(0)
     splits = [
         Split(torch.randn(n, 1, 8, 8, generator=generator), torch.randint(0, 3, (n,), generator=generator))
         for n in (40, 30, 50)
     ]
-    return ImageData("noise", *splits, num_classes=3)
+    return Datasets("noise", *splits, class_names=("a", "b", "c"))
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_rays_are_unit_vectors_with_the_posterior_s_own_deviation(posterior: lb.
 
 
 def test_the_loss_along_a_ray_is_the_loss_of_those_weights(
-    model: nn.Module, data: ImageData, posterior: lb.GaussianPosterior
+    model: nn.Module, data: Datasets, posterior: lb.GaussianPosterior
 ) -> None:
     units, stddevs, _ = rays(posterior, seed=0)
     steps = np.array([-2.0, 0.0, 2.0])
@@ -67,7 +67,7 @@ def test_the_loss_along_a_ray_is_the_loss_of_those_weights(
     assert np.ptp(found["train"][:, 1]) < 1e-6  # every ray starts at the same weights
 
 
-def test_one_weight_vector_is_evaluated_as_a_network(model: nn.Module, data: ImageData) -> None:
+def test_one_weight_vector_is_evaluated_as_a_network(model: nn.Module, data: Datasets) -> None:
     theta = lb.ParameterLayout.from_module(model).flatten(model)
     found = evaluate_method(model, theta, data, num_samples=5, seed=0)
     lb.recalibrate_batch_norm_(model, data.train.batches(500))
@@ -86,7 +86,7 @@ def test_one_weight_vector_is_evaluated_as_a_network(model: nn.Module, data: Ima
 
 
 def test_samples_are_averaged_as_probabilities(
-    model: nn.Module, data: ImageData, posterior: lb.GaussianPosterior
+    model: nn.Module, data: Datasets, posterior: lb.GaussianPosterior
 ) -> None:
     found = evaluate_method(model, posterior, data, num_samples=6, seed=0)
     mean, low, high = average_curve(found.sample_log_likelihood, seed=0)

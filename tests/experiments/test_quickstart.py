@@ -120,7 +120,7 @@ def test_rank_0_runs(tmp_path: Path) -> None:
         (["--lr_init", "nan"], "--lr_init must be positive; got nan"),
         (["--num_samples", "0"], "--num_samples must be at least 1; got 0"),
         (["--rank", "2.5"], "argument --rank: invalid int value: '2.5'"),
-        (["--train_size", "9999"], "--train_size must be 1 to 200 for digits; got 9999"),
+        (["--train_size", "9999"], "the number of training images must be 1 to 200 for digits; got 9999"),
         (["--device", "tpu9"], "--device tpu9: "),
         (["--resume"], "--resume: there is no run in runs"),
     ],

@@ -1,4 +1,4 @@
-"""Schedule, augmentation, snapshots, and resume to the last bit."""
+"""Schedule, snapshots, and resume to the last bit."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from experiments.common import RunDir, SettingsError, setting
-from experiments.data import Split
+from experiments.datasets import Split
 from experiments.models import SmallConvNet
-from experiments.training import Phase, augment, evaluate, learning_rate, train
+from experiments.training import Phase, evaluate, learning_rate, train
 
 
 @dataclass(frozen=True)
@@ -70,25 +70,6 @@ def test_schedule_is_flat_then_linear_then_flat() -> None:
     rates = [learning_rate(epoch, 0.1, 0.01, 100) for epoch in (0, 50, 70, 90, 300)]
     assert rates == pytest.approx([0.1, 0.1, 0.055, 0.01, 0.01], rel=1e-12)
     assert learning_rate(0, 0.1, 0.01, 0) == pytest.approx(0.01)
-
-
-def test_augmentation_shifts_and_mirrors_whole_images() -> None:
-    batch = torch.arange(1.0, 5 * 2 * 3 * 4 + 1).view(5, 2, 3, 4)
-    found = augment(batch, 1, True, torch.Generator().manual_seed(0))
-    candidates = []
-    for flipped in (False, True):
-        for down in range(3):
-            for right in range(3):
-                window = nn.functional.pad(batch, (1, 1, 1, 1))[..., down : down + 3, right : right + 4]
-                candidates.append(window.flip(-1) if flipped else window)
-    stacked = torch.stack(candidates)  # (18, 5, 2, 3, 4)
-    matches = (stacked == found).flatten(2).all(-1)  # (18, 5)
-    assert matches.any(0).all()
-    many = augment(batch[:1].expand(2000, -1, -1, -1), 1, True, torch.Generator().manual_seed(1))
-    counts = (stacked[:, 0].unsqueeze(1) == many).flatten(2).all(-1).sum(1)  # (18,)
-    # all 18 outcomes are equally likely: chi-square on 17 degrees of freedom is above 66 with probability 1e-7
-    assert counts.sum() == 2000 and ((counts - 2000 / 18).square() / (2000 / 18)).sum() < 66
-    assert torch.equal(augment(batch, 0, False, torch.Generator()), batch)
 
 
 def test_evaluate_weighs_images_equally_and_keeps_the_mode() -> None:
