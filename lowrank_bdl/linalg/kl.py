@@ -54,7 +54,8 @@ def kl_low_rank(p: LowRankFactors, q: LowRankFactors, mean_p: Tensor, mean_q: Te
         free = diag_q > 0
         difference = torch.where(free, (diag_p - diag_q) / torch.where(free, diag_q, 1.0), 0.0)
         log_ratio += (difference - torch.log1p(difference)).sum(-1)
-        singular |= (~free & ((diag_p > 0) | _moved(p, mean_p, mean_q, part))).any(-1)
+        if cap_q.point_mass is not None:
+            singular |= (~free & ((diag_p > 0) | _moved(p, mean_p, mean_q, part))).any(-1)
         cross += rows @ columns.mT
         weighted += (rows * (difference + free).unsqueeze(-2)) @ rows.mT
         start += columns.square().sum((-2, -1))
