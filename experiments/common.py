@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 S = TypeVar("S")
 PACKAGES = (
@@ -182,38 +180,51 @@ def resolve_device(name: str) -> torch.device:
 class RunDir:
     """The folder of one run: settings.json, environment.json, command.sh, log.jsonl, checkpoints, results.json.
 
-    A refused run touches nothing. Without ``--resume`` the files of an earlier run in the same folder are replaced.
+    Making one only looks, so that data, model and checkpoint can be checked before anything is written; `begin` writes.
+    A run that does not go on from another replaces the files of an earlier one in the same folder.
 
     Args:
         settings: A frozen dataclass with fields ``dir`` and ``resume``, made with `setting`.
-        outputs: Names that a run of this script writes and a fresh run therefore removes first.
+        outputs: Names (or patterns) of what a run of this script writes and a fresh run therefore removes first.
         device: Device of the run, recorded in environment.json.
+        resuming: Whether the run goes on from another in this folder; None asks ``settings.resume``.
 
     Raises:
-        SettingsError: If the folder holds something that is not a run; if ``--resume`` finds no run, or one made with
+        SettingsError: If the folder holds something that is not a run; if a resume finds no run, or one made with
             other settings.
     """
 
-    def __init__(self, settings: Any, outputs: Iterable[str], device: torch.device) -> None:
-        self.settings, self.path = settings, Path(settings.dir)
+    def __init__(
+        self, settings: Any, outputs: Iterable[str], device: torch.device, *, resuming: bool | None = None
+    ) -> None:
+        self.settings, self.path, self.device = settings, Path(settings.dir), device
+        self.resuming = bool(settings.resume) if resuming is None else resuming
+        self._outputs = tuple(outputs)
         record = self.path / "settings.json"
         if self.path.exists() and not self.path.is_dir():
             raise SettingsError(f"--dir {self.path} is not a folder")
-        if settings.resume:
+        if self.resuming:
             self._check_same_settings(record)
         elif self.path.is_dir() and any(self.path.iterdir()) and not record.exists():
             raise SettingsError(f"--dir {self.path} holds files that are not a run's; choose an empty or a new folder")
+
+    def begin(self) -> None:
+        """Make the folder, remove stale files, and record settings, environment and command.
+
+        Raises:
+            SettingsError: If the folder cannot be written.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            stale = [self.path / "results.json"] if settings.resume else [self.path / name for name in outputs]
-            for file in stale:
-                file.unlink(missing_ok=True)
-            self.write_json("settings.json", dataclasses.asdict(settings))
+            for pattern in ["results.json"] if self.resuming else self._outputs:
+                for file in self.path.glob(pattern):
+                    file.unlink(missing_ok=True)
+            self.write_json("settings.json", dataclasses.asdict(self.settings))
+            self.write_json("environment.json", environment(self.device))
+            with open(self.path / "command.sh", "a", encoding="utf-8") as file:
+                file.write(shlex.join([sys.executable, *sys.argv]) + "\n")
         except OSError as error:
             raise SettingsError(f"--dir {self.path}: {error.strerror}") from None
-        self.write_json("environment.json", environment(device))
-        with open(self.path / "command.sh", "a", encoding="utf-8") as file:
-            file.write(shlex.join([sys.executable, *sys.argv]) + "\n")
 
     def _check_same_settings(self, record: Path) -> None:
         try:
@@ -222,13 +233,9 @@ class RunDir:
             raise SettingsError(f"--resume: there is no run in {self.path} (settings.json is missing)") from None
         except (OSError, json.JSONDecodeError) as error:
             raise SettingsError(f"--resume: cannot read {record}: {error}") from None
-        differing = [
-            f"{field.name} was {old.get(field.name)!r}, now {getattr(self.settings, field.name)!r}"
-            for field in dataclasses.fields(self.settings)
-            if not field.metadata["free"] and old.get(field.name) != getattr(self.settings, field.name)
-        ]
+        differing = differences(self.settings, old)
         if differing:
-            raise SettingsError(f"--resume: settings differ from those of {self.path}: {'; '.join(differing)}")
+            raise SettingsError(f"--resume: settings differ from those of {self.path}: {differing}")
 
     def write_json(self, name: str, value: Any) -> None:
         write_atomically(self.path / name, to_json(value))
@@ -251,28 +258,24 @@ class RunDir:
                 continue
         return records
 
-    def keep_log(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Drop the records that a resumed run is about to write again."""
-        lines = [json.dumps(record) + "\n" for record in self.read_log() if keep(record)]
-        write_atomically(self.path / "log.jsonl", "".join(lines))
+    def write_log(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Replace log.jsonl: a resumed run keeps the records of the epochs that its checkpoint holds."""
+        write_atomically(self.path / "log.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
-    def save_checkpoint(self, name: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
-        """Write tensors and JSON-able `facts` into one safetensors file, atomically."""
-        path = self.path / name
-        temporary = path.with_name(f".{path.name}.tmp")
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, {"facts": json.dumps(facts)})
-        os.replace(temporary, path)
 
-    def load_checkpoint(self, name: str, device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """Read what `save_checkpoint` wrote; None when there is no such file."""
-        path = self.path / name
-        if not path.exists():
-            return None
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["facts"])
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise SettingsError(f"--resume: cannot read {path}: {error}") from None
+def fixed(settings: Any) -> dict[str, Any]:
+    """Return the settings that a resumed run must share with the original, in the form that JSON gives back."""
+    values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if not f.metadata["free"]}
+    return dict(json.loads(json.dumps(values)))
+
+
+def differences(settings: Any, old: Mapping[str, Any]) -> str:
+    """Name the settings that a resumed run must not change, with their values before and now; "" if there are none."""
+    return "; ".join(
+        f"{name} was {old.get(name)!r}, now {value!r}"
+        for name, value in fixed(settings).items()
+        if old.get(name) != value
+    )
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

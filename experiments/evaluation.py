@@ -1,62 +1,154 @@
 """Predictions, densities and pictures of one posterior: what the experiments measure on a network with batch norm."""
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, one_hot
 
 import lowrank_bdl as lb
 from experiments.common import peak_memory
-from experiments.data import ImageData, Split
+
+METRICS = ("accuracy", "nll", "ece", "brier")
+
+
+class Images(Protocol):
+    """Labelled images that can be iterated in order, such as a `Split`."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]: ...
+
+
+@torch.no_grad()
+def validate(model: nn.Module, images: Images, batch_size: int = 1000) -> dict[str, float]:
+    """Mean negative log-likelihood [nats] and accuracy with the model's own batch-norm statistics."""
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device)
+    for inputs, targets in images.batches(batch_size):
+        logits = model(inputs.to(sums.device))
+        targets = targets.to(sums.device)
+        right = (logits.argmax(-1) == targets).sum()
+        sums += torch.stack([cross_entropy(logits, targets, reduction="sum").double(), right.double()])
+    model.train(was_training)
+    nll, accuracy = (sums / len(images)).tolist()
+    return {"nll": nll, "accuracy": accuracy}
+
+
+def classification_metrics(
+    probabilities: Tensor, targets: Tensor, log_likelihood: Tensor, *, resamples: int = 100, seed: int = 0
+) -> dict[str, float]:
+    """Accuracy, NLL [nats], ECE (15 bins) and Brier score of N predictions, each with its standard error.
+
+    Means over images have their usual standard error. The ECE is no mean: its error is the standard deviation over
+    resamples of the images (bootstrap), which is that of the estimate, not of its bias.
+
+    Args:
+        probabilities: Shape (N, C).
+        targets: Class indices (N,).
+        log_likelihood: log p(target), (N,) [nats]; from probabilities alone it would be -inf where they underflow.
+        resamples: Number of resamples.
+        seed: Seed of the resamples.
+    """
+    count = len(targets)
+    generator = torch.Generator().manual_seed(seed)
+    draws = (torch.randint(count, (count,), generator=generator).to(targets.device) for _ in range(resamples))
+    eces = torch.tensor([lb.metrics.ece(probabilities[draw], targets[draw]) for draw in draws], dtype=torch.float64)
+    each = {
+        "accuracy": (probabilities.argmax(-1) == targets).double(),
+        "nll": -log_likelihood.double(),
+        "brier": (probabilities.double() - one_hot(targets, probabilities.shape[-1])).square().sum(-1),
+    }
+    found = {
+        "accuracy": lb.metrics.accuracy(probabilities, targets),
+        "nll": each["nll"].mean().item(),
+        "ece": lb.metrics.ece(probabilities, targets),
+        "brier": lb.metrics.brier(probabilities, targets),
+        "ece_se": eces.std().item(),
+    }
+    return found | {f"{name}_se": values.std().item() / count**0.5 for name, values in each.items()}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one method predicts.
+    """What one method predicts on each split.
 
     Attributes:
-        metrics: For "validation", "test" and "shifted" (the test images turned by 90 degrees): accuracy, nll [nats],
-            ece, brier; for "test" also shift_auroc, how well predictive entropy tells shifted from test images.
-        probabilities: Of the test images, (N, C).
-        targets: Of the test images, (N,).
-        sample_log_likelihood: log p(y | x, weights) of the test images, (S, N) [nats].
+        metrics: `classification_metrics` of each split.
+        probabilities: Of each split, (N, C).
+        targets: Of each split, (N,).
+        entropy: Of each split's predictions, (N,) [nats].
+        sample_log_likelihood: log p(y | x, weights) of each split, (S, N) [nats].
     """
 
     metrics: dict[str, dict[str, float]]
-    probabilities: Tensor
-    targets: Tensor
-    sample_log_likelihood: Tensor
+    probabilities: dict[str, Tensor]
+    targets: dict[str, Tensor]
+    entropy: dict[str, Tensor]
+    sample_log_likelihood: dict[str, Tensor]
 
 
-def evaluate_method(model: nn.Module, weights: Any, data: ImageData, *, num_samples: int, seed: int) -> Evaluation:
-    """Predict with a posterior or with one weight vector (D,), batch norm recalibrated for each set of weights."""
-    splits = {"validation": data.validation, "test": data.test, "shifted": data.test.rotated()}
+class _OneAfterAnother:
+    """The batches of several splits, so that the same weight samples see all of them in one pass."""
+
+    def __init__(self, splits: Iterable[Images], batch_size: int) -> None:
+        self.loaders = [split.batches(batch_size) for split in splits]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return chain.from_iterable(self.loaders)
+
+
+def evaluate_method(
+    model: nn.Module,
+    weights: Any,
+    splits: Mapping[str, Images],
+    bn_images: Images,
+    *,
+    num_samples: int,
+    seed: int,
+    layout: lb.ParameterLayout | None = None,
+    batch_size: int = 500,
+) -> Evaluation:
+    """Predict with a posterior or with one weight vector (D,), batch norm recalibrated for each set of weights.
+
+    Args:
+        model: The network; weights that the layout leaves out are its own.
+        weights: The posterior or the vector.
+        splits: What to predict, by name.
+        bn_images: What batch norm is recalibrated on: training images, without augmentation.
+        num_samples: Weight samples of a posterior.
+        seed: Seed of the weight samples and of the resamples behind standard errors.
+        layout: What a weight vector holds; None for all trainable parameters.
+        batch_size: Images in a batch.
+    """
     prediction = lb.predict(
         model,
         weights,
-        # one pass over all images, so that the same weight samples see them and batch norm is recalibrated once
-        Split.concatenate(splits.values()).batches(500),
+        _OneAfterAnother(splits.values(), batch_size),
         num_samples=num_samples,
-        bn_loader=data.train.batches(500),
+        bn_loader=bn_images.batches(batch_size),
+        layout=layout,
         generator=torch.Generator().manual_seed(seed),
     )
     sizes = [len(split) for split in splits.values()]
-    probabilities = dict(zip(splits, prediction.mean.split(sizes), strict=True))
-    entropy = dict(zip(splits, prediction.entropy.split(sizes), strict=True))
-    log_likelihood = dict(zip(splits, prediction.log_likelihood.split(sizes), strict=True))
-    metrics = {}
-    for name, split in splits.items():
-        metrics[name] = {
-            "accuracy": lb.metrics.accuracy(probabilities[name], split.targets),
-            "nll": -log_likelihood[name].double().mean().item(),
-            "ece": lb.metrics.ece(probabilities[name], split.targets),
-            "brier": lb.metrics.brier(probabilities[name], split.targets),
-        }
-    metrics["test"]["shift_auroc"] = lb.metrics.auroc(entropy["test"], entropy["shifted"])
-    of_samples = dict(zip(splits, prediction.sample_log_likelihood.split(sizes, dim=1), strict=True))
-    return Evaluation(metrics, probabilities["test"], data.test.targets, of_samples["test"])
+
+    def parts(values: Tensor | None, dim: int = 0) -> dict[str, Tensor]:
+        assert values is not None, "labelled images give every prediction"
+        return dict(zip(splits, values.split(sizes, dim), strict=True))
+
+    probabilities, targets = parts(prediction.mean), parts(prediction.targets)
+    log_likelihood = parts(prediction.log_likelihood)
+    metrics = {
+        name: classification_metrics(probabilities[name], targets[name], log_likelihood[name], seed=seed)
+        for name in splits
+    }
+    of_samples = parts(prediction.sample_log_likelihood, dim=1)
+    return Evaluation(metrics, probabilities, targets, parts(prediction.entropy), of_samples)
 
 
 def describe_posterior(posterior: Any, *, num_samples: int, seed: int) -> dict[str, Any]:
@@ -117,18 +209,23 @@ def rays(posterior: Any, seed: int, num_components: int = 3) -> tuple[Tensor, li
 
 
 def losses_along_rays(
-    model: nn.Module, posterior: Any, units: Tensor, stddevs: list[float], steps: np.ndarray, data: ImageData
+    model: nn.Module,
+    posterior: Any,
+    units: Tensor,
+    stddevs: list[float],
+    steps: np.ndarray,
+    splits: Mapping[str, Images],
+    bn_images: Images,
 ) -> dict[str, np.ndarray]:
-    """Mean NLL (rays, steps) of the training and test images at mean + step x std x unit, batch norm recalibrated."""
+    """Mean NLL (rays, steps) of each split at mean + step x std x unit, batch norm recalibrated."""
     found = {}
-    limit = 2000  # images; a smooth picture needs no more
     along = torch.as_tensor(steps, dtype=posterior.mean.dtype, device=posterior.mean.device)
-    for split, images in (("train", data.train.first(limit)), ("test", data.test.first(limit))):
+    for name, images in splits.items():
         losses = []
         for unit, stddev in zip(units, stddevs, strict=True):
             thetas = posterior.mean + stddev * along.unsqueeze(-1) * unit
-            bn_loader = data.train.first(limit).batches(500)
+            bn_loader = bn_images.batches(500)
             prediction = lb.predict(model, thetas, images.batches(500), bn_loader=bn_loader, progress=False)
             losses.append(-prediction.sample_log_likelihood.mean(-1).cpu().numpy())
-        found[split] = np.stack(losses)
+        found[name] = np.stack(losses)
     return found

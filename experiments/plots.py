@@ -15,9 +15,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from lowrank_bdl.prediction.metrics import ReliabilityCurve
+
 # Okabe and Ito's palette: distinguishable with every common colour-vision deficiency.
-COLORS = {"SGD": "#000000", "SWA": "#009E73", "SWAG-Diag": "#0072B2", "SWAG": "#D55E00"}
-MARKERS = {"SGD": "s", "SWA": "D", "SWAG-Diag": "^", "SWAG": "o"}
+COLORS = {
+    "SGD": "#000000", "Adam": "#000000", "AdamW": "#000000", "SWA": "#009E73", "SWAG-Diag": "#0072B2",
+    "SWAG": "#D55E00", "EMA": "#CC79A7", "Polyak": "#E69F00",
+}  # fmt: skip
+MARKERS = {
+    "SGD": "s", "Adam": "s", "AdamW": "s", "SWA": "D", "SWAG-Diag": "^", "SWAG": "o", "EMA": "v", "Polyak": "P",
+}  # fmt: skip
 SEQUENCE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 STYLE = {
     "figure.dpi": 100,
@@ -48,8 +55,17 @@ def _axes(width: float = 7.0, height: float = 4.5, **options: Any) -> tuple[Figu
     return plt.subplots(figsize=(width, height), layout="constrained", **options)
 
 
+def reliability_points(curve: ReliabilityCurve) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean confidence and accuracy of the bins that are not empty."""
+    filled = curve.count > 0
+    return curve.confidence[filled].cpu().numpy(), curve.accuracy[filled].cpu().numpy()
+
+
 def reliability_diagram(
-    path: Path, curves: Mapping[str, tuple[ArrayLike, ArrayLike]], ece: Mapping[str, float]
+    path: Path,
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    ece: Mapping[str, float],
+    title: str = "Reliability on the test images",
 ) -> None:
     """Confidence minus accuracy against confidence, in bins of equal mass; the dashed line is perfect calibration.
 
@@ -60,6 +76,7 @@ def reliability_diagram(
         path: File to write.
         curves: For each method, mean confidence and accuracy of each bin, both (num_bins,).
         ece: For each method, the expected calibration error.
+        title: Title of the figure.
     """
     with plt.rc_context(STYLE):
         figure, axes = _axes()
@@ -76,7 +93,7 @@ def reliability_diagram(
         _confidence_ticks(axes, largest * 1.6, smallest / 1.6)
         axes.set_xlabel("confidence (bins of equal mass)")
         axes.set_ylabel("confidence − accuracy\n← underconfident     overconfident →")
-        axes.set_title("Reliability on the test images")
+        axes.set_title(title)
         axes.legend(loc="best")
         _save(figure, path)
 
@@ -187,33 +204,64 @@ def loss_along_directions(
         _save(figure, path)
 
 
-def training_curves(path: Path, records: Sequence[Mapping[str, Any]], start: int) -> None:
-    """Training loss, validation NLL and learning rate against the epoch, from the records of log.jsonl."""
+def training_curves(
+    path: Path, runs: Mapping[str, tuple[str, Sequence[Mapping[str, Any]]]], start: int | None, held_out: str
+) -> None:
+    """Loss, error and learning rate against the epoch.
+
+    Args:
+        path: File to write.
+        runs: For each run, by its label: the method that gives its colour, and its records (``epoch``, ``lr``,
+            ``loss``, and where known ``accuracy``, ``held_out`` and ``held_out_swa`` with ``nll`` and ``accuracy``).
+        start: Number of epochs before the first snapshot; None where nothing is collected.
+        held_out: What the held-out images are called.
+    """
     with plt.rc_context(STYLE):
-        figure, (top, bottom) = _axes(7.0, 5.5, nrows=2, sharex=True, height_ratios=(3, 1))
-        for phase, color, label in (("sgd", COLORS["SGD"], "SGD"), ("swag", COLORS["SWAG"], "SWAG's iterates")):
-            rows = [record for record in records if record["phase"] == phase]
-            epochs = [row["epoch"] for row in rows]
-            top.plot(epochs, [row["train_loss"] for row in rows], color=color, label=f"{label}, training")
-            validation = [row["validation"]["nll"] for row in rows]
-            top.plot(epochs, validation, color=color, linestyle=":", label=f"{label}, validation")
-            bottom.plot(epochs, [row["lr"] for row in rows], color=color)
-        for axes in (top, bottom):
-            axes.axvline(start, color="#999999", linewidth=1)
-        top.text(
-            start,
-            0.98,
-            " collection starts",
-            transform=top.get_xaxis_transform(),
-            va="top",
-            color="#777777",
-            fontsize=10,
-        )
-        top.set_yscale("log")
-        top.set_ylabel("NLL [nats per image]")
-        top.set_title("Training")
-        top.legend(loc="best", fontsize=10)
-        bottom.set_ylabel("learning rate")
-        bottom.set_xlabel("epoch")
-        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure, (losses, errors, rates) = _axes(7.0, 7.0, nrows=3, sharex=True, height_ratios=(3, 3, 1))
+        for label, (method, rows) in runs.items():
+            color = COLORS[method]
+            losses.plot(*_series(rows, "loss"), color=color, label=f"{label}, training")
+            errors.plot(*_series(rows, "accuracy", error=True), color=color, label=f"{label}, training")
+            for key, name, shade in (("held_out", label, color), ("held_out_swa", "SWA", COLORS["SWA"])):
+                style = dict(color=shade, linestyle=":", marker="o", markersize=2.5)
+                if any(key in row for row in rows):
+                    losses.plot(*_series(rows, key, "nll"), **style, label=f"{name}, {held_out}")
+                    errors.plot(*_series(rows, key, "accuracy", error=True), **style, label=f"{name}, {held_out}")
+            rates.plot(*_series(rows, "lr"), color=color)
+        for axes in (losses, errors, rates):
+            axes.set_yscale("log")
+            if start is not None:
+                axes.axvline(start, color="#999999", linewidth=1)
+        if start is not None:
+            losses.text(
+                start,
+                0.98,
+                " collection starts",
+                transform=losses.get_xaxis_transform(),
+                va="top",
+                color="#777777",
+                fontsize=10,
+            )
+        _plain_log_numbers(losses)
+        _plain_log_numbers(errors)
+        losses.set_ylabel("NLL [nats per image]")
+        losses.set_title("Training")
+        losses.legend(loc="best", fontsize=10)
+        errors.set_ylabel("error [%]")
+        rates.set_ylabel("learning rate")
+        rates.set_xlabel("epoch")
+        rates.xaxis.set_major_locator(MaxNLocator(integer=True))
         _save(figure, path)
+
+
+def _series(rows: Sequence[Mapping[str, Any]], *keys: str, error: bool = False) -> tuple[list[int], list[float]]:
+    """Return epochs and values of the records that have them; accuracies as errors in percent, no error as none."""
+    epochs, values = [], []
+    for row in rows:
+        value: Any = row
+        for key in keys:
+            value = value.get(key) if value is not None else None
+        if value is not None:
+            epochs.append(row["epoch"])
+            values.append((100 * (1 - value) or float("nan")) if error else value)
+    return epochs, values

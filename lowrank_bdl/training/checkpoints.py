@@ -1,7 +1,9 @@
 """The complete state of a training run in one file: tensors and JSON, written atomically, read without unpickling."""
 
 import os
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,6 +55,41 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any], 
     if missing:
         raise CheckpointError(f"{os.fspath(path)} has a damaged header: no {', '.join(missing)}.")
     return unpack(metadata["state"], tensors), metadata["facts"], metadata["settings"]
+
+
+def numbered(path: str | os.PathLike[str], epoch: int) -> Path:
+    """Return the name of the checkpoint that is kept after an epoch.
+
+    Args:
+        path: Name of the checkpoint that is replaced.
+        epoch: The epoch.
+
+    Example:
+        >>> numbered("runs/a/checkpoint.safetensors", 25).name
+        'checkpoint-25.safetensors'
+    """
+    plain = Path(path)
+    return plain.with_name(f"{plain.stem}-{epoch}{plain.suffix}")
+
+
+def link(source: Path, path: str | os.PathLike[str]) -> None:
+    """Make a second name for a file, atomically: no second copy where the file system can.
+
+    Args:
+        source: The file.
+        path: The second name; replaced if it exists.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
 
 
 def refuse_differences(what: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ state is a few numbers and a resumed run goes on with the same rates. Torch's ow
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -126,18 +127,19 @@ class StepDecayLR(ClosedFormLR):
 
 
 class TriangularLR(ClosedFormLR):
-    r"""Go from the initial rate linearly to ``min_lr`` and back, once in a cycle; meant to step with every batch.
+    r"""Go from the highest rate linearly to ``min_lr`` and back, once in a cycle; meant to step with every batch.
 
     With :math:`t = (\mathrm{step} \bmod \mathrm{cycle}) / \mathrm{cycle}` and :math:`d = |1 - 2t|`,
 
-    .. math:: \mathrm{lr} = \mathrm{lr}_{\min} + d \, (\mathrm{lr}_0 - \mathrm{lr}_{\min}),
+    .. math:: \mathrm{lr} = \mathrm{lr}_{\min} + d \, (\mathrm{lr}_{\max} - \mathrm{lr}_{\min}),
 
     which is lowest in the middle of each cycle: fast geometric ensembling collects there.
 
     Args:
-        optimizer: Its groups' learning rates are the highest rates.
+        optimizer: Its groups are the ones scheduled.
         min_lr: Lowest rate, >= 0.
         cycle: Steps in a cycle, >= 1.
+        max_lr: Highest rate; None for each group's initial rate.
         last_epoch: See torch's ``LRScheduler``.
 
     Raises:
@@ -153,16 +155,21 @@ class TriangularLR(ClosedFormLR):
         [0.5, 0.3, 0.1, 0.3, 0.5, 0.3]
     """
 
-    def __init__(self, optimizer: Optimizer, min_lr: float, cycle: int, last_epoch: int = -1) -> None:
+    def __init__(
+        self, optimizer: Optimizer, min_lr: float, cycle: int, max_lr: float | None = None, last_epoch: int = -1
+    ) -> None:
         _require("min_lr", min_lr, 0)
         _require("cycle", cycle, 1)
-        self.min_lr, self.cycle = min_lr, cycle
+        if max_lr is not None:
+            _require("max_lr", max_lr, 0)
+        self.min_lr, self.max_lr, self.cycle = min_lr, max_lr, cycle
         super().__init__(optimizer, last_epoch)
 
     def rate(self, step: int, base_lr: float) -> float:
         """Return the rate of batch ``step`` (from 0)."""
         distance = abs(1 - 2 * (step % self.cycle) / self.cycle)
-        return self.min_lr + distance * (base_lr - self.min_lr)
+        highest = base_lr if self.max_lr is None else self.max_lr
+        return self.min_lr + distance * (highest - self.min_lr)
 
 
 class CosineLR(ClosedFormLR):
@@ -220,6 +227,48 @@ class CosineLR(ClosedFormLR):
             step = self.repeat_from - piece + (step - self.repeat_from) % piece
         height = (1 + math.cos(math.pi * min(step, self.horizon) / self.horizon)) / 2
         return self.final_lr + height * (base_lr - self.final_lr)
+
+
+class ThenLR(ClosedFormLR):
+    """One schedule until a milestone, then another that begins there.
+
+    Torch's ``SequentialLR`` does the same for schedules without a closed form.
+
+    Args:
+        optimizer: The optimizer of both.
+        first: Schedule of the steps before the milestone.
+        second: Schedule of those from the milestone on; its step 0 is the milestone.
+        milestone: In steps, >= 0.
+        last_epoch: See torch's ``LRScheduler``.
+
+    Raises:
+        ValueError: If ``milestone`` < 0.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.8)
+        >>> first = SWAGLR(optimizer, swa_lr=0.5, horizon=2)
+        >>> schedule = ThenLR(optimizer, first, TriangularLR(optimizer, 0.1, cycle=4, max_lr=0.5), milestone=2)
+        >>> [round(schedule.rate(step, 0.8), 3) for step in range(7)]
+        [0.8, 0.8, 0.5, 0.3, 0.1, 0.3, 0.5]
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, first: ClosedFormLR, second: ClosedFormLR, milestone: int, last_epoch: int = -1
+    ) -> None:
+        _require("milestone", milestone, 0)
+        self.first, self.second, self.milestone = first, second, milestone
+        super().__init__(optimizer, last_epoch)
+
+    def rate(self, step: int, base_lr: float) -> float:
+        """Return the rate of step ``step`` (from 0)."""
+        if step < self.milestone:
+            return self.first.rate(step, base_lr)
+        return self.second.rate(step - self.milestone, base_lr)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state; the two schedules have none besides it."""
+        return {key: value for key, value in super().state_dict().items() if key not in ("first", "second")}
 
 
 def _require(name: str, value: float, least: float, *, strictly: bool = False) -> None:

@@ -249,6 +249,7 @@ class Trainer:
         after_epoch: "Callable[[Trainer, Record], Mapping[str, Any] | None] | None" = None,
         checkpoint: str | os.PathLike[str] | None = None,
         save_every: int = 1,
+        keep_every: int | None = None,
         settings: Mapping[str, Any] | None = None,
         progress: bool = True,
         description: str = "training",
@@ -262,16 +263,19 @@ class Trainer:
                 that it returns are added to the record.
             checkpoint: File that is replaced after every ``save_every`` epochs and after the last; None for none.
             save_every: Epochs between two checkpoints, >= 1.
+            keep_every: Epochs between two checkpoints that are kept beside the file, with their epoch in the name:
+                ``run-25.safetensors`` for ``run.safetensors``. None keeps none.
             settings: Stored with the checkpoint; :meth:`load` compares them.
             progress: Show a progress bar.
             description: Its title.
 
         Raises:
             NonFiniteError: If training diverges.
-            ValueError: If ``save_every`` < 1.
+            ValueError: If ``save_every`` or ``keep_every`` < 1.
         """
-        if save_every < 1:
-            raise ValueError(f"save_every must be at least 1 epoch; got {save_every}.")
+        for name, interval in (("save_every", save_every), ("keep_every", keep_every)):
+            if interval is not None and interval < 1:
+                raise ValueError(f"{name} must be at least 1 epoch; got {interval}.")
         with tqdm(
             total=epochs,
             initial=min(self.epoch, epochs),
@@ -285,7 +289,13 @@ class Trainer:
                     record.update(after_epoch(self, record) or {})
                 bar.set_postfix(loss=f"{record['loss']:.4f}", lr=f"{record['lr']:.3g}", refresh=False)
                 bar.update()
-                if checkpoint is not None and (self.epoch % save_every == 0 or self.epoch == epochs):
+                if checkpoint is None:
+                    continue
+                if keep_every is not None and self.epoch % keep_every == 0:
+                    kept = checkpoints.numbered(checkpoint, self.epoch)
+                    self.save(kept, settings)
+                    checkpoints.link(kept, checkpoint)
+                elif self.epoch % save_every == 0 or self.epoch == epochs:
                     self.save(checkpoint, settings)
 
     def _epochs(self, data: Data, epochs: int, progress: bool) -> Iterator[Record]:

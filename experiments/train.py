@@ -1,0 +1,203 @@
+"""Train a network with SGD, collect SWA and SWAG from its iterates, and compare what they predict.
+
+SGD        the last iterate
+SWA        the mean of the iterates collected every --swa_c_epochs epochs from --swa_start on
+SWAG-Diag  a Gaussian around that mean with the iterates' variances (scale 1, rank 0)
+SWAG       the same with --max_num_models deviations in its covariance (--cov_mat, --scale)
+EMA        an exponential average of every iterate (--ema)
+Polyak     the equal average of every iterate from --swa_start on (--polyak)
+
+Batch-norm statistics are recomputed from training images for every set of weights. The report is on the test images
+with --use_test, else on the validation images held out of the training images (the last 5,000); nothing is chosen on
+either. A run that was killed goes on with --resume auto and ends with the same numbers.
+
+Examples:
+  python -m experiments.train --dir runs/digits --dataset digits --model SmallConvNet --epochs 60 --batch_size 32
+      --lr_init 0.05 --swa --swa_start 30 --swa_lr 0.02 --cov_mat
+  python -m experiments.train --dir runs/lenet --dataset MNIST --data_path DATA_DIR --model LeNet5 --use_test
+      --epochs 50 --lr_init 0.05 --swa --swa_start 25 --swa_lr 0.01 --cov_mat --ema
+  python -m experiments.train --dir runs/vgg16 --dataset CIFAR10 --data_path DATA_DIR --model VGG16 --use_test
+      --epochs 300 --lr_init 0.05 --wd 5e-4 --swa --swa_start 161 --swa_lr 0.01 --cov_mat --resume auto
+
+Writes to --dir: checkpoint.safetensors, checkpoint-EPOCH.safetensors, posterior.safetensors, log.jsonl, training.png,
+reliability.png, results.json (last), settings.json, environment.json, command.sh
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lowrank_bdl as lb
+from experiments.common import RunDir, SettingsError, differences, fixed, parse_settings, resolve_device
+from experiments.datasets import Datasets, load_dataset
+from experiments.evaluation import validate
+from experiments.train_report import report, weight_sources
+from experiments.train_settings import Settings, check
+from experiments.train_setup import make_trainer, training_batches, try_model
+from lowrank_bdl.training import checkpoints
+from lowrank_bdl.training.trainer import Record, Trainer
+
+PROG = "python -m experiments.train"
+CHECKPOINT = "checkpoint.safetensors"
+OUTPUTS = (
+    "results.json",
+    "log.jsonl",
+    "posterior.safetensors",
+    "checkpoint*.safetensors",
+    "training.png",
+    "reliability.png",
+)
+
+
+def find_checkpoint(settings: Settings) -> Path | None:
+    """Return the checkpoint to go on from, or None to begin."""
+    if settings.resume is None:
+        return None
+    if settings.resume == "auto":
+        path = Path(settings.dir) / CHECKPOINT
+        return path if path.exists() else None
+    path = Path(settings.resume)
+    if not path.is_file():
+        raise SettingsError(f"--resume {path}: there is no such file")
+    return path
+
+
+def unfinished(settings: Settings) -> bool:
+    """Tell whether --resume auto finds a run in --dir, be it without a checkpoint yet."""
+    return settings.resume == "auto" and (Path(settings.dir) / "settings.json").exists()
+
+
+def load_data(settings: Settings, device: torch.device) -> Datasets:
+    return load_dataset(
+        settings.dataset,
+        settings.data_path,
+        use_test=settings.use_test,
+        split_classes=settings.split_classes,
+        label_arr=settings.label_arr,
+        train_limit=settings.train_limit,
+        num_workers=settings.num_workers,
+        device=device,
+    )
+
+
+def restore(settings: Settings, trainer: Trainer, path: Path | None) -> None:
+    """Load the checkpoint, and the collected weights of --swa_resume; nothing is written."""
+    if settings.swa_resume is not None and path is None:
+        try:
+            state, _, _ = checkpoints.read(settings.swa_resume)
+            trainer.collections["swag"].collector.load_state_dict(state["collections"]["swag"])
+        except (lb.CheckpointError, RuntimeError, KeyError, OSError) as error:
+            raise SettingsError(f"--swa_resume {settings.swa_resume}: {' '.join(str(error).split())}") from None
+    if path is None:
+        return
+    try:
+        _, _, old = checkpoints.read(path)
+        differing = differences(settings, old)
+        if differing:
+            raise SettingsError(f"--resume: settings differ from those of {path}: {differing}")
+        trainer.load(path)
+    except (lb.CheckpointError, OSError) as error:
+        raise SettingsError(f"--resume: {' '.join(str(error).split())}") from None
+
+
+def bn_images(settings: Settings, data: Datasets) -> Any:
+    """Return the images that batch norm is recalibrated on."""
+    return data.train if settings.bn_size is None else data.train.first(min(settings.bn_size, len(data.train)))
+
+
+def held_out(data: Datasets) -> Any:
+    """Return what is evaluated while training: validation images, or the test images where none are held out."""
+    return data.test if data.validation is None else data.validation
+
+
+def train(settings: Settings, run: RunDir, trainer: Trainer, data: Datasets) -> None:
+    """Train to the last epoch: a line in log.jsonl for each, a checkpoint every --checkpoint_freq."""
+    run.write_log(trainer.history)
+    began = time.perf_counter()
+
+    def after_epoch(trainer: Trainer, record: Record) -> dict[str, Any]:
+        nonlocal began
+        extra: dict[str, Any] = {}
+        if trainer.epoch % settings.eval_freq == 0 or trainer.epoch == settings.epochs:
+            extra["held_out"] = validate(trainer.model, held_out(data))
+            swag = trainer.collections["swag"].collector if settings.swa else None
+            if isinstance(swag, lb.SWAG) and swag.n_averaged > 0:
+                extra["held_out_swa"] = evaluate_weights(settings, trainer, data, swag.mean, swag.layout)
+        extra["seconds"] = time.perf_counter() - began
+        began = time.perf_counter()
+        run.log(**record, **extra)
+        return extra
+
+    trainer.fit(
+        lambda generator: training_batches(settings, data, generator),
+        settings.epochs,
+        after_epoch=after_epoch,
+        checkpoint=run.path / CHECKPOINT,
+        save_every=settings.checkpoint_freq,
+        keep_every=settings.save_freq,
+        settings=fixed(settings),
+        description=settings.model,
+    )
+
+
+def evaluate_weights(
+    settings: Settings, trainer: Trainer, data: Datasets, theta: torch.Tensor, layout: lb.ParameterLayout
+) -> dict[str, float]:
+    """NLL [nats] and accuracy of one weight vector on the held-out images."""
+    prediction = lb.predict(
+        trainer.model,
+        theta,
+        held_out(data).batches(500),
+        bn_loader=bn_images(settings, data).batches(500),
+        layout=layout,
+        progress=False,
+    )
+    return {"nll": prediction.nll, "accuracy": prediction.accuracy}
+
+
+def experiment(settings: Settings, data: Datasets, run: RunDir, trainer: Trainer) -> str:
+    """Train, evaluate, draw, and write results.json last; return the table."""
+    train(settings, run, trainer, data)
+    sources = weight_sources(settings, trainer)
+    if isinstance(sources.get("SWAG"), lb.GaussianPosterior):
+        sources["SWAG"].save(run.path / "posterior.safetensors")
+    return report(settings, run, trainer, data, sources, bn_images(settings, data))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the experiment; return the exit status."""
+    settings = parse_settings(Settings, argv, prog=PROG, description=__doc__, check=check)
+    threads = torch.get_num_threads()
+    # The script seeds the global generators (initial weights are drawn from them) but gives them back as they were.
+    with torch.random.fork_rng(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        try:
+            if settings.threads:
+                torch.set_num_threads(settings.threads)
+            device = resolve_device(settings.device)
+            path = find_checkpoint(settings)
+            own = path is not None and path.parent.resolve() == Path(settings.dir).resolve()
+            run = RunDir(settings, OUTPUTS, device, resuming=own or unfinished(settings))
+            data = load_data(settings, device)
+            trainer = make_trainer(settings, data, device)
+            try_model(trainer, data)
+            restore(settings, trainer, path)
+            run.begin()
+            print(experiment(settings, data, run, trainer))
+        except (SettingsError, lb.NonFiniteError) as error:
+            print(f"{PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(f"{PROG}: interrupted; go on with the same command and --resume auto", file=sys.stderr)
+            return 130
+        finally:
+            torch.set_num_threads(threads)
+    print(f"\nwritten to {run.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""What a run of `experiments.train` is made of: network, optimizer, schedule, loss, collectors."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lowrank_bdl as lb
+from experiments.augmentation import augment
+from experiments.common import SettingsError
+from experiments.datasets import Datasets
+from experiments.models import build_model
+from experiments.train_settings import Settings, first_collection
+from lowrank_bdl.training import averages, losses, schedules
+from lowrank_bdl.training.collection import Collection
+from lowrank_bdl.training.trainer import Trainer
+
+# Largest shift [pixels], and whether images are flipped: photographs have no left and right, digits do.
+AUGMENTATION = {
+    "CIFAR10": (4, True), "CIFAR100": (4, True), "STL10": (4, True), "SVHN": (4, False), "MNIST": (2, False),
+    "FashionMNIST": (2, True), "digits": (1, False),
+}  # fmt: skip
+
+
+def make_model(settings: Settings, data: Datasets, device: torch.device) -> nn.Module:
+    """Make the network with initial weights that depend on the seed alone."""
+    torch.manual_seed(settings.seed)
+    model = build_model(settings.model, data.num_classes, channels=data.channels, image_size=data.image_size)
+    model = model.to(device)
+    return model.to(memory_format=torch.channels_last) if settings.channels_last else model
+
+
+def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if settings.optimizer == "SGD":
+        return torch.optim.SGD(parameters, lr=settings.lr_init, momentum=settings.momentum, weight_decay=settings.wd)
+    kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[settings.optimizer]
+    return kind(parameters, lr=settings.lr_init, weight_decay=settings.wd)
+
+
+def make_schedule(
+    settings: Settings, optimizer: torch.optim.Optimizer, steps_per_epoch: int
+) -> schedules.ClosedFormLR | None:
+    """Return the schedule; a cyclical one steps with every batch."""
+    if settings.no_schedule:
+        return None
+    horizon = settings.swa_start if settings.swa else settings.epochs
+    final = settings.swa_lr if settings.swa else 0.01 * settings.lr_init
+    if settings.schedule == "swag":
+        return schedules.SWAGLR(optimizer, swa_lr=final, horizon=horizon)
+    if settings.schedule == "cosine":
+        return schedules.CosineLR(optimizer, horizon=max(horizon, 1), final_lr=final)
+    if settings.schedule == "step":
+        if settings.swa:
+            return schedules.StepDecayLR(optimizer, swa_start=settings.swa_start, swa_lr=settings.swa_lr)
+        return schedules.StepDecayLR(optimizer)
+    start = horizon * steps_per_epoch
+    return schedules.ThenLR(
+        optimizer,
+        schedules.SWAGLR(optimizer, swa_lr=final, horizon=start),
+        schedules.TriangularLR(
+            optimizer,
+            min_lr=settings.cyclical_lr,
+            max_lr=settings.swa_lr,
+            cycle=settings.swa_c_epochs * steps_per_epoch,
+        ),
+        milestone=start,
+    )
+
+
+def make_loss(settings: Settings, data: Datasets) -> losses.Loss:
+    loss: losses.Loss = losses.cross_entropy
+    if settings.loss == "adv_CE":
+        mean, std = (torch.as_tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
+        low, high = (0 - mean) / std, (1 - mean) / std
+        loss = losses.AdversarialCrossEntropy(low, high, settings.epsilon)
+    if settings.prior_var is not None:
+        loss = losses.GaussianPrior(loss, settings.prior_var, len(data.train))
+    return loss
+
+
+def make_collections(settings: Settings, model: nn.Module) -> dict[str, Collection]:
+    found = {}
+    if settings.swa:
+        include = None if settings.include is None else settings.include.split(",")
+        try:
+            swag = lb.SWAG(model, rank=settings.rank, include=include)
+        except lb.ShapeError as error:
+            raise SettingsError(f"--include {settings.include}: {error}") from None
+        except lb.MemoryLimitError as error:
+            raise SettingsError(f"--max_num_models {settings.max_num_models}: {error}") from None
+        found["swag"] = Collection(swag, first_collection(settings), settings.swa_c_epochs, settings.collects_per_epoch)
+    if settings.ema:
+        found["ema"] = Collection(averages.ema(model, settings.ema_decay), per_epoch=None)
+    if settings.polyak:
+        found["polyak"] = Collection(averages.polyak(model), settings.swa_start, per_epoch=None)
+    return found
+
+
+def make_trainer(settings: Settings, data: Datasets, device: torch.device) -> Trainer:
+    model = make_model(settings, data, device)
+    optimizer = make_optimizer(settings, model)
+    steps_per_epoch = -(-len(data.train) // settings.batch_size)
+    schedule = make_schedule(settings, optimizer, steps_per_epoch)
+    return Trainer(
+        model,
+        optimizer,
+        make_loss(settings, data),
+        schedule=schedule,
+        step_every="batch" if isinstance(schedule, schedules.ThenLR) else "epoch",
+        collections=make_collections(settings, model),
+        metrics={"accuracy": losses.accuracy},
+        seed=settings.seed,
+        clip_grad_norm=settings.grad_clip,
+        autocast={"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[settings.amp],
+        memory_format=torch.channels_last if settings.channels_last else None,
+    )
+
+
+def try_model(trainer: Trainer, data: Datasets) -> None:
+    """Refuse a network that does not fit the images, before anything is written."""
+    inputs, _ = next(iter(data.train.batches(2)))
+    trainer.model.eval()
+    try:
+        with torch.no_grad():
+            shape = trainer.model(inputs.to(trainer.device)).shape
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingsError(f"--model does not fit images of shape {tuple(inputs.shape[1:])}: {reason}") from None
+    if shape != (len(inputs), data.num_classes):
+        raise SettingsError(f"--model gives {tuple(shape)} for {len(inputs)} images of {data.num_classes} classes")
+
+
+@dataclass(frozen=True)
+class TrainingBatches:
+    """An epoch's batches, shuffled and augmented from one generator."""
+
+    batches: Any
+    max_shift: int
+    flip: bool
+    generator: torch.Generator
+    fill: Sequence[float]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for inputs, targets in self.batches:
+            yield augment(inputs, self.max_shift, self.flip, self.generator, self.fill), targets
+
+
+def training_batches(settings: Settings, data: Datasets, generator: torch.Generator) -> Iterable[Any]:
+    """Return one epoch's batches; all that is random in them comes from the generator."""
+    batches = data.train.shuffled(settings.batch_size, generator)
+    if settings.augment == "none" or settings.dataset not in AUGMENTATION:
+        return batches
+    return TrainingBatches(batches, *AUGMENTATION[settings.dataset], generator, data.black)
