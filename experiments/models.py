@@ -1,10 +1,21 @@
-"""A convolutional network small enough to train in seconds."""
+"""Networks for the scripts, by name: the library's, a small convolutional one, and some of torchvision's."""
 
+from typing import Any
+
+import torch
 from torch import nn
+
+from experiments.common import SettingsError
+from lowrank_bdl.models import MODELS, create_model
+from lowrank_bdl.models.registry import closest_first
+
+OWN = ("SmallConvNet", "MobileNetV2")
+TORCHVISION = ("resnet", "resnext", "wide_resnet", "densenet")  # beginnings of the names taken from there
+FULL_STRIDE_FROM = 64  # smaller images go through MobileNetV2's first convolution with stride 1 [pixels]
 
 
 class SmallConvNet(nn.Sequential):
-    """Four batch-normalised 3x3 convolutions, global average pooling and one linear layer.
+    """Four batch-normalised 3x3 convolutions, global average pooling and one linear layer, trained in seconds.
 
     Takes images of any size from 8 x 8; from 16 x 16 the first convolution has stride 2, which makes it as cheap.
 
@@ -33,3 +44,90 @@ class SmallConvNet(nn.Sequential):
             nn.Flatten(),
             nn.Linear(4 * width, num_classes),
         )
+
+
+def mobilenet_v2(num_classes: int, *, channels: int, image_size: int, **options: Any) -> nn.Module:
+    """Make torchvision's MobileNetV2, for small images too.
+
+    Under 64 pixels the first convolution has stride 1 in place of 2, so that images of 32 x 32 pixels reach the last
+    stage with 2 x 2 maps and not with 1 x 1; everything else, and so the number of weights for three channels, is
+    torchvision's.
+    """
+    from torchvision.models import MobileNetV2
+
+    model = MobileNetV2(num_classes=num_classes, **options)
+    published = model.features[0][0]
+    if channels != published.in_channels or image_size < FULL_STRIDE_FROM:
+        stem = nn.Conv2d(
+            channels,
+            published.out_channels,
+            kernel_size=3,
+            stride=1 if image_size < FULL_STRIDE_FROM else 2,
+            padding=1,
+            bias=False,
+        )
+        nn.init.kaiming_normal_(stem.weight, mode="fan_out")  # as torchvision draws it
+        model.features[0][0] = stem
+    return model
+
+
+def model_names(task: str = "classification") -> tuple[str, ...]:
+    """Name the networks that `build_model` knows without asking torchvision."""
+    known = tuple(name for name, spec in MODELS.items() if spec.task == task)
+    return known + OWN if task == "classification" else known
+
+
+def build_model(
+    name: str, num_classes: int, *, channels: int, image_size: int, task: str = "classification", **options: Any
+) -> nn.Module:
+    """Make a network by name; its initial weights come from torch's global generator.
+
+    Args:
+        name: A name of `lowrank_bdl.models.MODELS`, SmallConvNet, MobileNetV2 (see `mobilenet_v2`), or a ResNet,
+            ResNeXt, Wide ResNet or DenseNet as torchvision spells it ("resnet50", "densenet161"; untrained).
+        num_classes: Number of logits.
+        channels: Channels of the images.
+        image_size: Height and width of the images [pixels].
+        task: What the script does: "classification", "segmentation" or "regression".
+        **options: Of the network.
+
+    Raises:
+        SettingsError: If there is no such network, or it does not fit the task, the images or the options.
+    """
+    if name in MODELS and MODELS[name].task != task:
+        raise SettingsError(f"--model {name} is a network for {MODELS[name].task}, and this is {task}")
+    try:
+        if name in MODELS:
+            return create_model(name, num_classes, in_channels=channels, image_size=image_size, **options)
+        if task == "classification":
+            if name == "SmallConvNet":
+                return SmallConvNet(channels, image_size, num_classes, **options)
+            if name == "MobileNetV2":
+                return mobilenet_v2(num_classes, channels=channels, image_size=image_size, **options)
+            if name.startswith(TORCHVISION):
+                return torchvision_model(name, num_classes, channels, image_size, **options)
+    except (ValueError, TypeError) as error:  # ShapeError is a ValueError
+        raise SettingsError(f"--model {name}: {error}") from None
+    closest = closest_first(name, dict.fromkeys(model_names(task)))
+    raise SettingsError(f"--model {name} is unknown; the closest known are {', '.join(closest[:5])}")
+
+
+def torchvision_model(name: str, num_classes: int, channels: int, image_size: int, **options: Any) -> nn.Module:
+    """Make one of torchvision's ImageNet networks without trained weights, if it takes these images."""
+    from torchvision import models
+
+    known = [known for known in models.list_models(module=models) if known.startswith(TORCHVISION)]
+    if name not in known:
+        raise ValueError(f"torchvision has {', '.join(closest_first(name, dict.fromkeys(known))[:5])}")
+    if channels != 3:
+        raise ValueError(f"takes images with 3 channels; got {channels}")
+
+    def make() -> nn.Module:
+        return models.get_model(name, weights=None, num_classes=num_classes, **options)
+
+    try:
+        with torch.device("meta"):  # shapes alone, and no draws
+            make()(torch.empty(2, channels, image_size, image_size))
+    except RuntimeError as error:
+        raise ValueError(f"cannot take images of {image_size} pixels: {str(error).splitlines()[0]}") from None
+    return make()

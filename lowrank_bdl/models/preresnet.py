@@ -110,7 +110,7 @@ class PreResNet(nn.Module):
     Shape:
         ``(N, in_channels, H, W)`` to ``(N, num_classes)``; any H and W from 8 up.
 
-    Cost: at 32 x 32, 0.041 billion multiply-adds an image at depth 20, 0.26 at depth 164.
+    Cost: at 32 x 32, 0.041 billion multiply-adds an image at depth 20, 0.25 at depth 164.
 
     Source: He et al., "Identity mappings in deep residual networks" (2016).
 

@@ -63,7 +63,7 @@ class WideResNet(nn.Module):
     Shape:
         ``(N, in_channels, H, W)`` to ``(N, num_classes)``; any H and W from 8 up.
 
-    Cost: 5.9 billion multiply-adds an image of 32 x 32 pixels for WRN-28-10.
+    Cost: 6.0 billion multiply-adds an image of 32 x 32 pixels for WRN-28-10.
 
     Source: Zagoruyko and Komodakis, "Wide residual networks" (2016), table 1.
 
