@@ -68,7 +68,11 @@ def test_torchvision_s_imagenet_networks() -> None:
         ("MobileNetV2", dict(widht=3), r"--model MobileNetV2: .*unexpected keyword argument 'widht'"),
         ("RegNet", {}, r"--model RegNet is a network for regression, and this is classification"),
         ("VGG16", dict(task="regression"), r"--model VGG16 is a network for classification, and this is regression"),
-        ("SmallConvNet", dict(task="regression"), r"--model SmallConvNet is unknown; the closest known are ToyRegNet, RegNet"),
+        (
+            "SmallConvNet",
+            dict(task="regression"),
+            r"--model SmallConvNet is unknown; the closest known are ToyRegNet, RegNet",
+        ),
         ("resnet18", dict(channels=1), r"--model resnet18: takes images with 3 channels; got 1"),
         ("densenet121", dict(image_size=28), r"--model densenet121: cannot take images of 28 pixels: "),
     ],
