@@ -1,7 +1,6 @@
 """One function that loads any of the data sets, splits it and puts it where the network is."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,12 @@ from torch import Tensor
 from experiments.common import SettingsError
 from experiments.datasets.digits import DIGITS
 from experiments.datasets.idx import FASHION_MNIST, MNIST
+from experiments.datasets.image_folder import IMAGE_FOLDER
 from experiments.datasets.labels import keep_classes, read_labels
 from experiments.datasets.published import CIFAR10, CIFAR100, STL10, SVHN
 from experiments.datasets.sources import Pool, Preparation, Source
 from experiments.datasets.splits import LabelledImages
+from lowrank_bdl.models.registry import closest_first
 
 DATASETS: Mapping[str, Source] = {
     "CIFAR10": CIFAR10,
@@ -26,6 +27,7 @@ DATASETS: Mapping[str, Source] = {
     "MNIST": MNIST,
     "FashionMNIST": FASHION_MNIST,
     "digits": DIGITS,
+    "ImageFolder": IMAGE_FOLDER,
 }
 _SHUFFLE_SEED = 0  # which image is in which split is part of the data set, not of a run
 
@@ -104,7 +106,8 @@ def load_dataset(
     """Load a data set as swa_gaussian does: split its training images, or keep them all and load the test images too.
 
     The validation images are the last 5,000 of the official training images, or the last tenth where there are fewer
-    than 50,000 (597 of digits' 797). A folder tree is sorted by class: there it is as many at random, always the same.
+    than 50,000 (597 of digits' 797). A folder tree is sorted by class: there it is as many at random, always the same,
+    unless the tree has both val/ and test/.
 
     Args:
         name: One of `DATASETS`.
@@ -129,14 +132,16 @@ def load_dataset(
         SettingsError: If the data set is unknown, files are missing or damaged, or settings do not fit it.
     """
     if name not in DATASETS:
-        known = sorted(DATASETS, key=lambda other: -difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio())
-        raise SettingsError(f"unknown data set {name!r}; known are {', '.join(known)}")
+        known = ", ".join(closest_first(name, DATASETS))
+        raise SettingsError(f"unknown data set {name!r}; known are {known}")
     source = DATASETS[name]
     root = _folder(name, source, data_path)
     if split_classes is not None and not 0 <= split_classes < len(source.class_splits):
         raise SettingsError(f"--split_classes is 0 or 1, and for CIFAR10 alone; got {split_classes} for {name}")
     if split_classes is not None and label_arr is not None:
         raise SettingsError("--label_arr and --split_classes exclude each other: a new label may be of the other half")
+    if image_size is not None and image_size < 1:
+        raise SettingsError(f"the image size must be at least 1; got {image_size}")
     how = Preparation(
         mean=source.mean if mean is None else tuple(mean),
         std=source.std if std is None else tuple(std),
@@ -146,13 +151,19 @@ def load_dataset(
     )
     official = source.read(root, True)
     _check_normalization(name, how, official)
-    kept, held_out = _hold_out(name, source, official, (not use_test) if validation is None else validation)
+    wanted = (not use_test) if validation is None else validation
+    own = source.read_validation(root) if wanted and source.read_validation is not None else None
+    kept, held_out = _hold_out(name, source, official, wanted and own is None)
     pools = {"train": official.select(kept)}
-    if held_out is not None:
+    details: dict[str, Any] = {}
+    if own is not None:
+        pools["validation"], details["validation"] = own, "the data set's own validation images"
+    elif held_out is not None:
         pools["validation"] = official.select(held_out)
+        which = "the last" if official.in_random_order else "a fixed random choice of"
+        details["validation"] = f"{which} {len(held_out)} of the {len(official.targets)} official training images"
     if use_test:
         pools["test"] = source.read(root, False)
-    details: dict[str, Any] = {}
     if label_arr is not None:
         labels, details["label_arr"] = read_labels(label_arr, len(official.targets), len(official.class_names))
         details["label_arr"]["changed"] = int((labels != official.targets)[kept].sum())

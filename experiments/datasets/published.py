@@ -20,8 +20,9 @@ def _open(name: str, root: Path, files: Iterable[tuple[str, str]], make: Callabl
     """Make a data set of torchvision's, or say which of its files (path, md5) is missing or damaged."""
     try:
         return make()
-    except ImportError as error:  # SVHN is a MATLAB file
-        raise SettingsError(f"--dataset {name} needs {error.name}: pip install {error.name}") from None
+    except ImportError as error:  # SVHN's files are MATLAB's
+        package = (error.name or "scipy").partition(".")[0]
+        raise SettingsError(f"--dataset {name} needs {package}: pip install {package}") from None
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         from torchvision.datasets.utils import check_integrity
 

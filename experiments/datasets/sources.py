@@ -115,6 +115,7 @@ class Source:
         image_size: Size at which swa_gaussian uses the images, where that is not their own [pixels].
         validation: Images held out of the official training images, where that is not the rule of `load_dataset`.
         class_splits: Classes that ``split_classes`` keeps.
+        read_validation: Reads the data set's own validation images; returns None for a folder that has none.
     """
 
     read: Callable[[Path, bool], Pool]
@@ -124,6 +125,7 @@ class Source:
     image_size: int | None = None
     validation: int | None = None
     class_splits: Sequence[Sequence[int]] = ()
+    read_validation: Callable[[Path], Pool | None] | None = None
 
 
 def import_torchvision(name: str) -> None:
