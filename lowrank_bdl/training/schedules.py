@@ -74,7 +74,7 @@ class SWAGLR(ClosedFormLR):
         """Return the rate in epoch ``step`` (from 0)."""
         t = step / self.horizon if self.horizon else 1.0
         progress = min(max((t - 0.5) / 0.4, 0.0), 1.0)
-        return base_lr + progress * (self.swa_lr - base_lr)
+        return (1 - progress) * base_lr + progress * self.swa_lr  # exact at both ends
 
 
 class StepDecayLR(ClosedFormLR):

@@ -21,6 +21,7 @@ from lowrank_bdl.training.losses import Loss, Metric, cross_entropy
 
 Data: TypeAlias = "Callable[[torch.Generator], Iterable[Any]] | Iterable[Any]"
 Record: TypeAlias = dict[str, Any]
+ADVICE = "lower the learning rate, or clip the gradient's norm"
 
 
 class Trainer:
@@ -218,26 +219,31 @@ class Trainer:
         for collection in self.collections.values():
             if collection.per_epoch is None:
                 if collection.in_epoch(epoch):
-                    collection.collector.update_parameters(self.model)
+                    self._show(collection, epoch)
             elif num_batches is not None and batch < num_batches and collection.is_due(epoch, batch, num_batches):
                 self._require_finite(epoch, (sums[0] / batch).item())
-                collection.collector.update_parameters(self.model)
+                self._show(collection, epoch)
 
     def _collect_at_end(self, epoch: int) -> None:
         for collection in self.collections.values():
             if collection.per_epoch is not None and collection.in_epoch(epoch):
-                collection.collector.update_parameters(self.model)
+                self._show(collection, epoch)
+
+    def _show(self, collection: Collection, epoch: int) -> None:
+        try:
+            collection.collector.update_parameters(self.model)
+        except NonFiniteError as error:  # weights that are too large to square, say
+            raise NonFiniteError(f"training diverged: {error} This was in epoch {epoch}; {ADVICE}.") from error
 
     @torch.no_grad()
     def _require_finite(self, epoch: int, loss: float) -> None:
-        advice = "lower the learning rate, or clip the gradient's norm"
         if loss - loss != 0:  # NaN and both infinities
-            raise NonFiniteError(f"training diverged: loss {loss} in epoch {epoch}; {advice}.")
+            raise NonFiniteError(f"training diverged: loss {loss} in epoch {epoch}; {ADVICE}.")
         named = [(name, p) for name, p in self.model.named_parameters() if p.numel()]
         finite = torch.stack([p.isfinite().all() for _, p in named]) if named else torch.ones(1, dtype=torch.bool)
         if not bool(finite.all()):
             name = named[int(finite.int().argmin())][0]
-            raise NonFiniteError(f"training diverged: parameter {name!r} is not finite in epoch {epoch}; {advice}.")
+            raise NonFiniteError(f"training diverged: parameter {name!r} is not finite in epoch {epoch}; {ADVICE}.")
 
     # ---- many epochs --------------------------------------------------------------------------------------------
 
