@@ -3,12 +3,15 @@
 import os
 import platform
 import re
+import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from lowrank_bdl.linalg.compiler import find_compiler, library
 
 PACKAGES = ("torch", "gpytorch", "linear-operator", "numpy", "scikit-learn", "safetensors", "lowrank-bdl")
 
@@ -46,6 +49,15 @@ def hardware_label(device: torch.device) -> str:
     return f"{cores}-core-{device.type}"
 
 
+def compiler_version() -> str | None:
+    """Return what compiled the library's CPU kernels, in words; None where those written in torch are used."""
+    compiler = find_compiler()
+    if compiler is None or library() is None:
+        return None
+    found = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    return found.splitlines()[0] if found else Path(compiler).name
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Return everything that a reader needs to judge or repeat a measurement, as JSON values."""
     clock = time.get_clock_info("perf_counter")
@@ -62,6 +74,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         },
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
+        "compiled_kernels": compiler_version(),
         "versions": {package: version_of(package) for package in PACKAGES},
     }
     if hasattr(os, "getloadavg"):

@@ -160,11 +160,13 @@ def markdown(record: Mapping[str, Any], plots: Iterable[str] = ()) -> str:
     gpu = env.get("gpu")
     machine = gpu["name"] if gpu else f"{env['cpu']}, {env['cores']} cores, {env['threads']} threads"
     versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in env["versions"].items())
+    kernels = "not stated" if "compiled_kernels" not in env else env["compiled_kernels"] or "none, torch's are used"
     within, total, off = estimates(record)
     lines = [
         f"# Time and memory against rank, {record['created']}",
         "",
-        f"{machine}; {(env['memory_bytes'] or 0) / 2**30:.0f} GiB; {record['settings']['dtype']}; {versions}.",
+        f"{machine}; {(env['memory_bytes'] or 0) / 2**30:.0f} GiB; {record['settings']['dtype']}; {versions}. "
+        f"Compiled kernels: {kernels}.",
         f"Read {floors['read_bytes_per_s'] / 1e9:.1f} GB/s, copy {floors['copy_bytes_per_s'] / 1e9:.1f} GB/s (read and "
         f"write counted), {floors['seconds_per_normal'] * 1e9:.2f} ns a normal. "
         f"Run in {record['wall_s'] / 60:.0f} min{'' if record['finished'] else ', unfinished'}.",

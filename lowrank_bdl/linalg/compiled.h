@@ -184,10 +184,15 @@ static inline void NAME(add_rows)(const STORED *rows, ptrdiff_t ld, int k, ptrdi
     for (int r = 0; r < k; r += 4) { /* z is padded with zeros to a multiple of four */
         const STORED *row[4];
         for (int t = 0; t < 4; t++) row[t] = rows + (r + t < k ? r + t : k - 1) * ld + start;
-        for (int i = 0; i < n; i++)
-            target[i] += z[r] * row[0][i] + z[r + 1] * row[1][i] + (z[r + 2] * row[2][i] + z[r + 3] * row[3][i]);
-        for (int i = 0; i < BLOCK; i += BYTES / (int)sizeof(STORED))
+        const int whole = n / LANES * LANES;
+        for (int i = 0; i < whole; i += LANES) {
+            VEC *to = (VEC *)(target + i);
+            *to += (z[r] * LOAD(row[0] + i) + z[r + 1] * LOAD(row[1] + i)) +
+                   (z[r + 2] * LOAD(row[2] + i) + z[r + 3] * LOAD(row[3] + i));
             for (int t = 0; t < 4; t++) __builtin_prefetch(row[t] + i + BLOCK, 0, 2);
+        }
+        for (int i = whole; i < n; i++)
+            target[i] += (z[r] * row[0][i] + z[r + 1] * row[1][i]) + (z[r + 2] * row[2][i] + z[r + 3] * row[3][i]);
     }
 }
 
