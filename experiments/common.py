@@ -19,6 +19,8 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
+from lowrank_bdl.errors import CheckpointError, NonFiniteError
+
 S = TypeVar("S")
 PACKAGES = (
     "lowrank-bdl",
@@ -205,7 +207,7 @@ class RunDir:
             raise SettingsError(f"--dir {self.path} is not a folder")
         if self.resuming:
             self._check_same_settings(record)
-        elif self.path.is_dir() and any(self.path.iterdir()) and not record.exists():
+        elif self.path.is_dir() and not record.exists() and set(self.path.iterdir()) - set(self._leftovers()):
             raise SettingsError(f"--dir {self.path} holds files that are not a run's; choose an empty or a new folder")
 
     def begin(self) -> None:
@@ -216,6 +218,8 @@ class RunDir:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            for file in self._leftovers():
+                file.unlink(missing_ok=True)
             for pattern in ["results.json"] if self.resuming else self._outputs:
                 for file in self.path.glob(pattern):
                     file.unlink(missing_ok=True)
@@ -225,6 +229,10 @@ class RunDir:
                 file.write(shlex.join([sys.executable, *sys.argv]) + "\n")
         except OSError as error:
             raise SettingsError(f"--dir {self.path}: {error.strerror}") from None
+
+    def _leftovers(self) -> list[Path]:
+        """Return the temporary files of processes that were killed while they wrote."""
+        return [file for pattern in (".*.tmp", ".*.tmp.*", ".*.partial") for file in self.path.glob(pattern)]
 
     def _check_same_settings(self, record: Path) -> None:
         try:
@@ -289,6 +297,37 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join(padded).rstrip()
 
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *(line(row) for row in rows)])
+
+
+def run_script(prog: str, work: Callable[[], str], *, threads: int | None = 0, go_on: str = "--resume") -> int:
+    """Run a script's work and print what it returns; whatever stops it is one line on stderr.
+
+    The global random generators, the number of threads and cuDNN's choice of algorithms are given back as they were.
+
+    Args:
+        prog: Name of the script, for messages.
+        work: The script; may seed the global generators.
+        threads: CPU threads, 0 or None for torch's choice.
+        go_on: Flag with which an interrupted run goes on.
+
+    Returns:
+        The exit status: 0, 2 for what cannot run, 130 for an interrupt.
+    """
+    before = torch.get_num_threads()
+    try:
+        if threads:
+            torch.set_num_threads(threads)
+        with torch.random.fork_rng(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            print(work())
+    except (SettingsError, CheckpointError, NonFiniteError) as error:
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; go on with the same command and {go_on}", file=sys.stderr)
+        return 130
+    finally:
+        torch.set_num_threads(before)
+    return 0
 
 
 def peak_memory(work: Callable[[], S], device: torch.device) -> tuple[S, int]:

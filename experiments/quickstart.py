@@ -25,7 +25,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,6 +39,7 @@ from experiments.common import (
     format_table,
     parse_settings,
     resolve_device,
+    run_script,
     setting,
 )
 from experiments.datasets import Datasets, load_dataset
@@ -50,9 +50,13 @@ from experiments.evaluation import (
     evaluate_method,
     losses_along_rays,
     rays,
+    validate,
 )
 from experiments.models import SmallConvNet
-from experiments.training import Phase, learning_rate, train
+from experiments.training_data import TrainingBatches
+from lowrank_bdl.training import checkpoints, losses, schedules
+from lowrank_bdl.training.collection import Collection
+from lowrank_bdl.training.trainer import Trainer
 
 PROG = "python -m experiments.quickstart"
 METHODS = ("SGD", "SWA", "SWAG-Diag", "SWAG")
@@ -158,34 +162,59 @@ def new_model(settings: Settings, data: Datasets, device: torch.device) -> nn.Mo
     return SmallConvNet(data.channels, data.image_size, data.num_classes, settings.width).to(device)
 
 
+def run_phase(
+    settings: Settings,
+    run: RunDir,
+    data: Datasets,
+    device: torch.device,
+    phase: str,
+    final_lr: float,
+    horizon: int,
+    collector: lb.SWAG | None = None,
+) -> nn.Module:
+    """Train one run, or finish it; return the network."""
+    recipe = DEFAULTS[settings.dataset]
+    model = new_model(settings, data, device)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=settings.lr_init, momentum=settings.momentum, weight_decay=settings.wd
+    )
+    collections = {}
+    if collector is not None:
+        collections["swag"] = Collection(collector, settings.swa_start, per_epoch=settings.collects_per_epoch)
+    trainer = Trainer(
+        model,
+        optimizer,
+        schedule=schedules.SWAGLR(optimizer, swa_lr=final_lr, horizon=horizon),
+        collections=collections,
+        metrics={"accuracy": losses.accuracy},
+        seed=settings.seed,
+    )
+    checkpoint = run.path / f"checkpoint-{phase}.safetensors"
+    if checkpoint.exists():
+        trainer.load(checkpoint)
+    run.write_log([r for r in run.read_log() if r["phase"] != phase or r["epoch"] <= trainer.epoch])
+
+    def after_epoch(trainer: Trainer, record: dict[str, Any]) -> dict[str, Any]:
+        extra = {"held_out": validate(model, data.validation)}
+        run.log(phase=phase, **record, **extra)
+        return extra
+
+    trainer.fit(
+        lambda g: TrainingBatches(data, settings.batch_size, g, recipe["max_shift"], recipe["flip"]),
+        settings.epochs,
+        after_epoch=after_epoch,
+        checkpoint=checkpoint,
+        description=phase,
+    )
+    return model
+
+
 def run_phases(settings: Settings, run: RunDir, data: Datasets, device: torch.device) -> tuple[nn.Module, Tensor, Any]:
     """Train both runs, or finish them; return the network, SGD's weights (D,) and the SWAG collector."""
-    recipe = DEFAULTS[settings.dataset]
-    common = dict(
-        epochs=settings.epochs,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-        momentum=settings.momentum,
-        weight_decay=settings.wd,
-        max_shift=recipe["max_shift"],
-        flip=recipe["flip"],
-    )
-    model = new_model(settings, data, device)
-    rate = partial(learning_rate, lr_init=settings.lr_init, final_lr=0.01 * settings.lr_init, horizon=settings.epochs)
-    train(run, Phase(name="sgd", learning_rate=rate, **common), model, data.train, data.validation)
+    model = run_phase(settings, run, data, device, "sgd", 0.01 * settings.lr_init, settings.epochs)
     sgd = lb.ParameterLayout.from_module(model).flatten(model)
-
-    model = new_model(settings, data, device)
     swag = lb.SWAG(model, rank=settings.rank)
-    rate = partial(learning_rate, lr_init=settings.lr_init, final_lr=settings.swa_lr, horizon=settings.swa_start)
-    phase = Phase(
-        name="swag",
-        learning_rate=rate,
-        start=settings.swa_start,
-        collects_per_epoch=settings.collects_per_epoch,
-        **common,
-    )
-    train(run, phase, model, data.train, data.validation, swag)
+    model = run_phase(settings, run, data, device, "swag", settings.swa_lr, settings.swa_start, swag)
     return model, sgd, swag
 
 
@@ -201,14 +230,19 @@ def draw_figures(
     ece = {name: evaluations[name].metrics["test"]["ece"] for name in METHODS}
     curves = {}
     for name, evaluation in evaluations.items():
-        curve = lb.metrics.reliability_curve(evaluation.probabilities, evaluation.targets, num_bins=20, binning="mass")
-        filled = curve.count > 0
-        curves[name] = (curve.confidence[filled].cpu().numpy(), curve.accuracy[filled].cpu().numpy())
-    plots.training_curves(run.path / "training.png", run.read_log(), settings.swa_start)
+        found = evaluation.probabilities["test"], evaluation.targets["test"]
+        curves[name] = plots.reliability_points(lb.metrics.reliability_curve(*found, num_bins=20, binning="mass"))
+    log = run.read_log()
+    phases = {
+        label: (method, [record for record in log if record["phase"] == phase])
+        for phase, method, label in (("sgd", "SGD", "SGD"), ("swag", "SWAG", "SWAG's iterates"))
+    }
+    plots.training_curves(run.path / "training.png", phases, settings.swa_start, "validation")
     plots.reliability_diagram(run.path / "reliability.png", curves, ece)
+    log_likelihood = {name: evaluation.sample_log_likelihood["test"] for name, evaluation in evaluations.items()}
     plots.nll_against_samples(
         run.path / "nll_against_samples.png",
-        {name: average_curve(evaluations[name].sample_log_likelihood, settings.seed) for name in ("SWAG-Diag", "SWAG")},
+        {name: average_curve(log_likelihood[name], settings.seed) for name in ("SWAG-Diag", "SWAG")},
         {name: evaluations[name].metrics["test"]["nll"] for name in ("SGD", "SWA")},
     )
     covariance = posterior.covariance
@@ -221,9 +255,11 @@ def draw_figures(
     )
     units, stddevs, names = rays(posterior, settings.seed)
     steps = np.linspace(-6, 6, 25)
-    losses = losses_along_rays(model, posterior, units, stddevs, steps, data)
+    limit = 2000  # images; a smooth picture needs no more
+    few = {"train": data.train.first(limit), "test": data.test.first(limit)}
+    along = losses_along_rays(model, posterior, units, stddevs, steps, few, few["train"])
     plots.loss_along_directions(
-        run.path / "principal_directions.png", steps, losses["train"], losses["test"], stddevs, names
+        run.path / "principal_directions.png", steps, along["train"], along["test"], stddevs, names
     )
 
 
@@ -273,7 +309,13 @@ def experiment(settings: Settings, data: Datasets, run: RunDir, device: torch.de
     posterior = sources["SWAG"]
     posterior.save(run.path / "posterior.safetensors")
     draws = {"num_samples": settings.num_samples, "seed": settings.seed}
-    evaluations = {name: evaluate_method(model, weights, data, **draws) for name, weights in sources.items()}
+    splits = {"validation": data.validation, "test": data.test, "shifted": data.test.rotated()}
+    evaluations = {
+        name: evaluate_method(model, weights, splits, data.train, **draws) for name, weights in sources.items()
+    }
+    for evaluation in evaluations.values():  # how well predictive entropy tells shifted from test images
+        entropy = evaluation.entropy
+        evaluation.metrics["test"]["shift_auroc"] = lb.metrics.auroc(entropy["test"], entropy["shifted"])
     posteriors = {name: describe_posterior(sources[name], **draws) for name in ("SWAG-Diag", "SWAG")}
     evaluated = time.perf_counter()
     draw_figures(settings, run, model, posterior, evaluations, data)
@@ -298,29 +340,21 @@ def experiment(settings: Settings, data: Datasets, run: RunDir, device: torch.de
     return report(settings, evaluations, posteriors, data)
 
 
+def work(settings: Settings) -> str:
+    """Check everything, then run the experiment; return what to print."""
+    device = resolve_device(settings.device)
+    data = load_data(settings, settings.data_path, device)
+    run = RunDir(settings, OUTPUTS, device)
+    for checkpoint in run.path.glob("checkpoint-*.safetensors") if settings.resume else ():
+        checkpoints.read(checkpoint)  # a damaged one is refused before anything is written
+    run.begin()
+    return f"{experiment(settings, data, run, device)}\n\nwritten to {run.path}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the experiment; return the exit status."""
     settings = parse_settings(Settings, argv, prog=PROG, description=__doc__, check=check)
-    threads = torch.get_num_threads()
-    try:
-        device = resolve_device(settings.device)
-        data = load_data(settings, settings.data_path, device)
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
-        run = RunDir(settings, OUTPUTS, device)
-        # The script seeds the global generators (initial weights are drawn from them) but gives them back as they were.
-        with torch.random.fork_rng(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-            print(experiment(settings, data, run, device))
-    except SettingsError as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{PROG}: interrupted; go on with the same command and --resume", file=sys.stderr)
-        return 130
-    finally:
-        torch.set_num_threads(threads)
-    print(f"\nwritten to {run.path}")
-    return 0
+    return run_script(PROG, lambda: work(settings), threads=settings.threads)
 
 
 if __name__ == "__main__":

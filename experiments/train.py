@@ -32,11 +32,11 @@ from typing import Any
 import torch
 
 import lowrank_bdl as lb
-from experiments.common import RunDir, SettingsError, differences, fixed, parse_settings, resolve_device
+from experiments.common import RunDir, SettingsError, parse_settings, resolve_device, run_script
 from experiments.datasets import Datasets, load_dataset
 from experiments.evaluation import validate
 from experiments.train_report import report, weight_sources
-from experiments.train_settings import Settings, check
+from experiments.train_settings import Settings, check, identity
 from experiments.train_setup import make_trainer, training_batches, try_model
 from lowrank_bdl.training import checkpoints
 from lowrank_bdl.training.trainer import Record, Trainer
@@ -95,13 +95,11 @@ def restore(settings: Settings, trainer: Trainer, path: Path | None) -> None:
     if path is None:
         return
     try:
-        _, _, old = checkpoints.read(path)
-        differing = differences(settings, old)
-        if differing:
-            raise SettingsError(f"--resume: settings differ from those of {path}: {differing}")
-        trainer.load(path)
+        trainer.load(path, identity(settings))
     except (lb.CheckpointError, OSError) as error:
         raise SettingsError(f"--resume: {' '.join(str(error).split())}") from None
+    if trainer.epoch > settings.epochs:
+        raise SettingsError(f"--epochs {settings.epochs}: {path} has done {trainer.epoch} already")
 
 
 def bn_images(settings: Settings, data: Datasets) -> Any:
@@ -139,7 +137,7 @@ def train(settings: Settings, run: RunDir, trainer: Trainer, data: Datasets) -> 
         checkpoint=run.path / CHECKPOINT,
         save_every=settings.checkpoint_freq,
         keep_every=settings.save_freq,
-        settings=fixed(settings),
+        settings=identity(settings),
         description=settings.model,
     )
 
@@ -163,40 +161,29 @@ def experiment(settings: Settings, data: Datasets, run: RunDir, trainer: Trainer
     """Train, evaluate, draw, and write results.json last; return the table."""
     train(settings, run, trainer, data)
     sources = weight_sources(settings, trainer)
-    if isinstance(sources.get("SWAG"), lb.GaussianPosterior):
-        sources["SWAG"].save(run.path / "posterior.safetensors")
+    if settings.swa:
+        sources.get("SWAG", sources["SWAG-Diag"]).save(run.path / "posterior.safetensors")
     return report(settings, run, trainer, data, sources, bn_images(settings, data))
+
+
+def work(settings: Settings) -> str:
+    """Check everything, then run the experiment; return what to print."""
+    device = resolve_device(settings.device)
+    path = find_checkpoint(settings)
+    own = path is not None and path.parent.resolve() == Path(settings.dir).resolve()
+    run = RunDir(settings, OUTPUTS, device, resuming=own or unfinished(settings))
+    data = load_data(settings, device)
+    trainer = make_trainer(settings, data, device)
+    try_model(trainer, data)
+    restore(settings, trainer, path)
+    run.begin()
+    return f"{experiment(settings, data, run, trainer)}\n\nwritten to {run.path}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the experiment; return the exit status."""
     settings = parse_settings(Settings, argv, prog=PROG, description=__doc__, check=check)
-    threads = torch.get_num_threads()
-    # The script seeds the global generators (initial weights are drawn from them) but gives them back as they were.
-    with torch.random.fork_rng(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-        try:
-            if settings.threads:
-                torch.set_num_threads(settings.threads)
-            device = resolve_device(settings.device)
-            path = find_checkpoint(settings)
-            own = path is not None and path.parent.resolve() == Path(settings.dir).resolve()
-            run = RunDir(settings, OUTPUTS, device, resuming=own or unfinished(settings))
-            data = load_data(settings, device)
-            trainer = make_trainer(settings, data, device)
-            try_model(trainer, data)
-            restore(settings, trainer, path)
-            run.begin()
-            print(experiment(settings, data, run, trainer))
-        except (SettingsError, lb.NonFiniteError) as error:
-            print(f"{PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print(f"{PROG}: interrupted; go on with the same command and --resume auto", file=sys.stderr)
-            return 130
-        finally:
-            torch.set_num_threads(threads)
-    print(f"\nwritten to {run.path}")
-    return 0
+    return run_script(PROG, lambda: work(settings), threads=settings.threads, go_on="--resume auto")
 
 
 if __name__ == "__main__":

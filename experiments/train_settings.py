@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.common import SettingsError, setting
+from experiments.common import SettingsError, fixed, setting
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW")
 SCHEDULES = ("swag", "step", "cosine", "cyclical")
@@ -32,7 +32,9 @@ class Settings:
     amp: str = setting("none", "mixed precision", choices=("none", "bfloat16", "float16"))
     channels_last: bool = setting(False, "keep images and filters with their channels last in memory")
 
-    epochs: int = setting(200, "epochs to train")
+    epochs: int = setting(
+        200, "epochs to train; a resumed run may have more, unless its schedule depends on them", free=True
+    )
     optimizer: str = setting("SGD", "optimizer", choices=OPTIMIZERS)
     lr_init: float = setting(0.01, "learning rate of the first epochs")
     momentum: float = setting(0.9, "momentum of SGD")
@@ -85,6 +87,12 @@ class Settings:
     def rank(self) -> int:
         """Deviations that SWAG keeps."""
         return self.max_num_models if self.cov_mat else 0
+
+
+def identity(settings: Settings) -> dict[str, Any]:
+    """Return the settings that a resumed run must share with its checkpoint."""
+    needs_epochs = not (settings.swa or settings.no_schedule)
+    return fixed(settings) | ({"epochs": settings.epochs} if needs_epochs else {})
 
 
 def check(settings: Settings) -> Settings:

@@ -1,18 +1,14 @@
 """What a run of `experiments.train` is made of: network, optimizer, schedule, loss, collectors."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lowrank_bdl as lb
-from experiments.augmentation import augment
 from experiments.common import SettingsError
 from experiments.datasets import Datasets
 from experiments.models import build_model
 from experiments.train_settings import Settings, first_collection
+from experiments.training_data import TrainingBatches
 from lowrank_bdl.training import averages, losses, schedules
 from lowrank_bdl.training.collection import Collection
 from lowrank_bdl.training.trainer import Trainer
@@ -133,27 +129,8 @@ def try_model(trainer: Trainer, data: Datasets) -> None:
         raise SettingsError(f"--model gives {tuple(shape)} for {len(inputs)} images of {data.num_classes} classes")
 
 
-@dataclass(frozen=True)
-class TrainingBatches:
-    """An epoch's batches, shuffled and augmented from one generator."""
-
-    batches: Any
-    max_shift: int
-    flip: bool
-    generator: torch.Generator
-    fill: Sequence[float]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for inputs, targets in self.batches:
-            yield augment(inputs, self.max_shift, self.flip, self.generator, self.fill), targets
-
-
-def training_batches(settings: Settings, data: Datasets, generator: torch.Generator) -> Iterable[Any]:
+def training_batches(settings: Settings, data: Datasets, generator: torch.Generator) -> TrainingBatches:
     """Return one epoch's batches; all that is random in them comes from the generator."""
-    batches = data.train.shuffled(settings.batch_size, generator)
-    if settings.augment == "none" or settings.dataset not in AUGMENTATION:
-        return batches
-    return TrainingBatches(batches, *AUGMENTATION[settings.dataset], generator, data.black)
+    known = settings.augment == "standard" and settings.dataset in AUGMENTATION
+    shift, flip = AUGMENTATION[settings.dataset] if known else (0, False)
+    return TrainingBatches(data, settings.batch_size, generator, shift, flip)

@@ -10,6 +10,8 @@ import torch
 from experiments.common import (
     RunDir,
     SettingsError,
+    differences,
+    fixed,
     format_table,
     parse_settings,
     peak_memory,
@@ -67,26 +69,32 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert path.read_text() == "old"
 
 
+def begun(settings: Toy, outputs: list[str]) -> RunDir:
+    run = RunDir(settings, outputs, CPU)
+    run.begin()
+    return run
+
+
 def folder_state(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
 def test_a_resume_with_other_settings_is_refused_and_touches_nothing(tmp_path: Path) -> None:
-    run = RunDir(Toy(str(tmp_path / "run")), ["log.jsonl"], CPU)
+    run = begun(Toy(str(tmp_path / "run")), ["log.jsonl"])
     run.log(phase="a", epoch=1)
     before = folder_state(run.path)
     with pytest.raises(SettingsError, match="rank was 20, now 5; rate was None, now 0.1"):
         RunDir(Toy(str(run.path), rank=5, rate=0.1, resume=True), ["log.jsonl"], CPU)
     assert folder_state(run.path) == before
-    again = RunDir(Toy(str(run.path), resume=True), ["log.jsonl"], CPU)
+    again = begun(Toy(str(run.path), resume=True), ["log.jsonl"])
     assert again.read_log() == [{"phase": "a", "epoch": 1}]
 
 
 def test_a_fresh_run_replaces_the_files_of_the_last_one(tmp_path: Path) -> None:
-    run = RunDir(Toy(str(tmp_path / "run")), ["log.jsonl", "results.json"], CPU)
+    run = begun(Toy(str(tmp_path / "run")), ["log.jsonl", "results.json"])
     run.log(phase="a", epoch=1)
     run.write_json("results.json", {})
-    again = RunDir(Toy(str(run.path), rank=2), ["log.jsonl", "results.json"], CPU)
+    again = begun(Toy(str(run.path), rank=2), ["log.jsonl", "results.json"])
     assert again.read_log() == [] and not (run.path / "results.json").exists()
     assert json.loads((run.path / "settings.json").read_text())["rank"] == 2
 
@@ -102,35 +110,53 @@ def test_folders_that_are_not_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="is not a folder"):
         RunDir(Toy(str(tmp_path / "thesis.tex")), [], CPU)
     with pytest.raises(SettingsError, match="thesis.tex/run: Not a directory"):
-        RunDir(Toy(str(tmp_path / "thesis.tex" / "run")), [], CPU)
+        begun(Toy(str(tmp_path / "thesis.tex" / "run")), [])
+
+
+def test_a_run_only_looks_until_it_begins(tmp_path: Path) -> None:
+    run = RunDir(Toy(str(tmp_path / "run")), [], CPU)
+    assert not run.path.exists() and not run.resuming
+    run.begin()
+    assert set(folder_state(run.path)) == {"settings.json", "environment.json", "command.sh"}
+    assert RunDir(Toy(str(run.path)), [], CPU, resuming=True).resuming
+
+
+def test_what_a_killed_process_left_is_removed_and_is_no_obstacle(tmp_path: Path) -> None:
+    names = (".settings.json.tmp", ".checkpoint.safetensors.7-ab.partial", ".training.tmp.png")
+    for name in names:
+        (tmp_path / name).write_text("half")
+    begun(Toy(str(tmp_path)), [])
+    assert not {*names} & set(folder_state(tmp_path))
+
+
+def test_outputs_may_be_patterns(tmp_path: Path) -> None:
+    run = begun(Toy(str(tmp_path / "run")), ["checkpoint*.safetensors"])
+    for name in ("checkpoint.safetensors", "checkpoint-4.safetensors", "other.safetensors"):
+        (run.path / name).write_text("")
+    begun(Toy(str(run.path)), ["checkpoint*.safetensors"])
+    assert "other.safetensors" in folder_state(run.path) and "checkpoint-4.safetensors" not in folder_state(run.path)
+
+
+def test_fixed_settings_are_compared_as_json_gives_them_back() -> None:
+    assert fixed(Toy(rank=3, dir="x")) == {"rank": 3, "rate": None}
+    assert differences(Toy(rank=3), {"rank": 3, "rate": None, "dir": "elsewhere"}) == ""
+    assert differences(Toy(rank=3, rate=0.5), {"rank": 4}) == "rank was 4, now 3; rate was None, now 0.5"
 
 
 def test_the_log_survives_a_half_written_line(tmp_path: Path) -> None:
-    run = RunDir(Toy(str(tmp_path / "run")), [], CPU)
+    run = begun(Toy(str(tmp_path / "run")), [])
     run.log(epoch=1)
     run.log(epoch=2)
     with open(run.path / "log.jsonl", "a") as file:
         file.write('{"epoch": 3, "lo')
     assert run.read_log() == [{"epoch": 1}, {"epoch": 2}]
-    run.keep_log(lambda record: record["epoch"] < 2)
+    run.write_log(record for record in run.read_log() if record["epoch"] < 2)
     run.log(epoch=5)
     assert (run.path / "log.jsonl").read_text() == '{"epoch": 1}\n{"epoch": 5}\n'
 
 
-def test_checkpoints_round_trip_and_damaged_ones_are_named(tmp_path: Path) -> None:
-    run = RunDir(Toy(str(tmp_path / "run")), [], CPU)
-    assert run.load_checkpoint("c.safetensors", CPU) is None
-    run.save_checkpoint("c.safetensors", {"a": torch.eye(3)[:, :2]}, {"epoch": 4})
-    tensors, facts = run.load_checkpoint("c.safetensors", CPU)
-    assert torch.equal(tensors["a"], torch.eye(3)[:, :2]) and facts == {"epoch": 4}
-    path = run.path / "c.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(SettingsError, match="cannot read .*c.safetensors"):
-        run.load_checkpoint("c.safetensors", CPU)
-
-
 def test_environment_names_what_numbers_depend_on(tmp_path: Path) -> None:
-    run = RunDir(Toy(str(tmp_path / "run")), [], CPU)
+    run = begun(Toy(str(tmp_path / "run")), [])
     found = json.loads((run.path / "environment.json").read_text())
     assert found["versions"]["torch"] == torch.__version__.split("+")[0] or found["versions"]["torch"]
     assert found["device"] == "cpu" and found["processor"] and found["threads"] == torch.get_num_threads()
