@@ -55,6 +55,7 @@ def compare(
 ) -> dict[str, Any]:
     """Return what changed: sizes in bytes, densities and divergences in nats, predictions on the test images."""
     exact, rounded = (p.covariance.lift(torch.eye(p.covariance.rank)) for p in (reference, narrow))
+    before, after = plain.probabilities["test"], found.probabilities["test"]
     difference = (narrow.log_prob(draws) - reference.log_prob(draws)).abs()
     return {
         "bytes_per_row": bytes_per_row(narrow),
@@ -64,8 +65,8 @@ def compare(
         "kl_nats": lb.kl_divergence(reference, narrow).item(),
         "reverse_kl_nats": lb.kl_divergence(narrow, reference).item(),
         "test": found.metrics["test"],
-        "largest_change_of_a_probability": (found.probabilities - plain.probabilities).abs().max().item(),
-        "images_with_another_class": int((found.probabilities.argmax(-1) != plain.probabilities.argmax(-1)).sum()),
+        "largest_change_of_a_probability": (after - before).abs().max().item(),
+        "images_with_another_class": int((after.argmax(-1) != before.argmax(-1)).sum()),
     }
 
 
@@ -116,11 +117,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         network = new_model(settings, data, torch.device("cpu"))
     reference = lb.GaussianPosterior.load(arguments.run / "posterior.safetensors")
     draws = reference.sample(arguments.num_samples, generator=torch.Generator().manual_seed(0))
-    plain = evaluate_method(network, reference, data, num_samples=len(draws), seed=0)
+    splits = {name: getattr(data, name) for name in ("validation", "test")}
+    plain = evaluate_method(network, reference, splits, data.train, num_samples=len(draws), seed=0)
     dtypes = {}
     for dtype in DTYPES:
         name, narrow = str(dtype).removeprefix("torch."), stored_as(reference, dtype)
-        found = evaluate_method(network, narrow, data, num_samples=len(draws), seed=0)
+        found = evaluate_method(network, narrow, splits, data.train, num_samples=len(draws), seed=0)
         dtypes[name] = compare(reference, narrow, draws, plain, found)
         if not all(math.isfinite(value) for value in dtypes[name].values() if isinstance(value, float)):
             raise AssertionError(f"{name} gave a number that is not finite: {dtypes[name]}")

@@ -134,7 +134,7 @@ def estimate_memory(
     index = kept * 8  # int64; checking it for repeats takes several of its size, before the rows are gathered
     kept_vector = kept * dtype.itemsize
     solved = samples * kept_vector
-    gather = kept_rows + kept_vector + round(5.5 * index) + decoded + chunk
+    gather = kept_rows + kept_vector + round(2.5 * index) + decoded + chunk
     inputs, result, temporaries = {
         "state": (vector, rows + 3 * vector, 0),
         "collect": (rows + 4 * vector, 0, vector + 2 * width * dtype.itemsize),
@@ -151,14 +151,14 @@ def estimate_memory(
         "indexed_solve": (
             rows + (1 + samples) * vector + index,
             solved,
-            max(gather, 10 * index - solved),
+            max(gather, 5 * index - solved),
         ),
         "diagonal": (rows + vector, vector, decoded + chunk),
         "principal_components": (rows + vector, samples * vector, decoded + double),
         "marginal": (
             rows + 2 * vector,
             kept_rows + 2 * kept_vector,
-            max(round(2.5 * index), 7 * index - kept_rows - 2 * kept_vector),
+            max(index, 4 * index - kept_rows - 2 * kept_vector),
         ),
         "save": (rows + 2 * vector, 0, 0),
         "load": (0, rows + 2 * vector, 0),
