@@ -359,14 +359,21 @@ def wait_until(condition: Callable[[], bool], process: Any) -> None:
         time.sleep(0.0005)
 
 
-def finish(path: Path) -> tuple[float, float]:
-    """Train to the end; return when the run began to write, and when it ended."""
+def finish(path: Path) -> float:
+    """Train to the end; return how long it trained, from its first write to its last epoch [s]."""
     process = start(path)
     wait_until((path / "settings.json").exists, process)
     began = time.monotonic()
+    wait_until(lambda: epochs_logged(path) >= EPOCHS, process)
+    trained = time.monotonic() - began
     process.join(300)
     assert process.exitcode == 0 and (path / "results.json").exists()
-    return began, time.monotonic()
+    return trained
+
+
+def epochs_logged(path: Path) -> int:
+    log = path / "log.jsonl"
+    return log.read_text().count("\n") if log.exists() else 0
 
 
 def kill(process: Any) -> bool:
@@ -385,10 +392,9 @@ def epochs_done(path: Path) -> int:
 def test_a_process_killed_before_and_during_collection_resumes_to_identical_results(tmp_path: Path) -> None:
     finish(tmp_path / "whole")
     path = tmp_path / "run"
-    log = path / "log.jsonl"
     for epoch in (START - 4, START + 6):  # the second process goes on from the first, and dies among the snapshots
         process = start(path)
-        wait_until(lambda epoch=epoch: log.exists() and log.read_text().count("\n") >= epoch, process)
+        wait_until(lambda epoch=epoch: epochs_logged(path) >= epoch, process)
         assert kill(process), "it ended before it was killed"
         assert not (path / "results.json").exists()
     state, _, _ = checkpoints.read(path / "checkpoint.safetensors")
@@ -400,17 +406,20 @@ def test_a_process_killed_before_and_during_collection_resumes_to_identical_resu
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
-    """Twenty runs, each killed at a moment drawn evenly between its first write and its end."""
-    began, ended = finish(tmp_path / "whole")
+    """Twenty runs, each killed at a random moment of a random epoch, or of the evaluation after the last."""
+    trained = finish(tmp_path / "whole")
     expected = outcome(tmp_path / "whole")
     moments, done = random.Random(0), []
     for number in range(200):
         path = tmp_path / f"run{number}"
         process = start(path)
-        wait_until((path / "settings.json").exists, process)
-        time.sleep(moments.uniform(0, ended - began))
+        epoch = moments.randint(0, EPOCHS)
+        wait_until(
+            lambda path=path, epoch=epoch: (path / "settings.json").exists() and epochs_logged(path) >= epoch, process
+        )
+        time.sleep(moments.uniform(0, trained / EPOCHS))
         if not kill(process):
-            continue  # it was faster than the first one, and had ended
+            continue  # it had ended
         done.append(epochs_done(path))
         finish(path)
         assert_identical(outcome(path), expected, f"run {number}, killed after epoch {done[-1]}")
