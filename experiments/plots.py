@@ -244,6 +244,7 @@ def training_curves(
             )
         _plain_log_numbers(losses)
         _plain_log_numbers(errors)
+        _plain_log_numbers(rates)
         losses.set_ylabel("NLL [nats per image]")
         losses.set_title("Training")
         losses.legend(loc="best", fontsize=10)
