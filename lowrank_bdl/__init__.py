@@ -35,6 +35,9 @@ from lowrank_bdl.prediction import metrics
 from lowrank_bdl.prediction.predict import predict
 from lowrank_bdl.prediction.predictive import Predictive
 
+# training
+from lowrank_bdl.training import schedules
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -66,4 +69,5 @@ __all__ = [
     "predict",
     "recalibrate_batch_norm",
     "recalibrate_batch_norm_",
+    "schedules",
 ]

@@ -130,8 +130,8 @@ def ridge(
 def _subtraction_error(start: Tensor, weights: Tensor, capacitance: Capacitance, rounding: float) -> Tensor:
     r"""Return the estimated error of :math:`\|y\|^2 - z^\top W^\top y` for a scalar mix, shape ``(S,)``.
 
-    The relative errors ``rounding`` of the sums :math:`y^\top y, w_i^\top y` and :math:`w_i^\top w_j`, independent of each
-    other, enter by :math:`\|y\|^2 + 2 \|y\| t + t^2` with :math:`t^2 = \sum_i z_i^2 \|w_i\|^2`.
+    The relative errors ``rounding`` of the sums :math:`y^\top y, w_i^\top y, w_i^\top w_j`, independent of each other,
+    enter by :math:`\|y\|^2 + 2 \|y\| t + t^2` with :math:`t^2 = \sum_i z_i^2 \|w_i\|^2`.
     """
     norms = capacitance.gram.diagonal().clamp_min(0).unsqueeze(-1)
     moved = (weights.square() * norms).sum(-2)
