@@ -37,7 +37,15 @@ from tqdm import tqdm
 
 import lowrank_bdl as lb
 from experiments import study_report, study_tasks
-from experiments.common import RunDir, SettingsError, parse_settings, resolve_device, setting, write_atomically
+from experiments.common import (
+    RunDir,
+    SettingsError,
+    parse_settings,
+    resolve_device,
+    run_script,
+    setting,
+    write_atomically,
+)
 from experiments.study_methods import run_seed
 from experiments.study_tasks import StudyData, Task
 
@@ -200,34 +208,25 @@ def experiment(
     return text
 
 
+def work(settings: Settings) -> str:
+    """Check everything, then run what is left of the study; return what to print."""
+    device = resolve_device(settings.device)
+    tasks = recipes(settings)
+    run = RunDir(settings, OUTPUTS, device)
+    images = load_images(settings, tasks, device)
+    cells = {}
+    for task in tasks if settings.resume else ():
+        for seed in seeds_of(settings, task):
+            if (cell := finished_cell(run, task, seed)) is not None:
+                cells[cell_name(task, seed)] = cell
+    run.begin()
+    return f"{experiment(settings, run, tasks, images, cells)}\nwritten to {run.path}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study; return the exit status."""
     settings = parse_settings(Settings, argv, prog=PROG, description=__doc__, check=check)
-    threads = torch.get_num_threads()
-    # The script seeds the global generators (initial weights are drawn from them) but gives them back as they were.
-    with torch.random.fork_rng(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-        try:
-            device = resolve_device(settings.device)
-            tasks = recipes(settings)
-            run = RunDir(settings, OUTPUTS, device)
-            images = load_images(settings, tasks, device)
-            cells = {}
-            for task in tasks if settings.resume else ():
-                for seed in seeds_of(settings, task):
-                    if (cell := finished_cell(run, task, seed)) is not None:
-                        cells[cell_name(task, seed)] = cell
-            run.begin()
-            print(experiment(settings, run, tasks, images, cells))
-        except SettingsError as error:
-            print(f"{PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print(f"{PROG}: interrupted; go on with the same command and --resume", file=sys.stderr)
-            return 130
-        finally:
-            torch.set_num_threads(threads)
-    print(f"written to {run.path}")
-    return 0
+    return run_script(PROG, lambda: work(settings))
 
 
 if __name__ == "__main__":
