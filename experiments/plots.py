@@ -104,12 +104,12 @@ def _confidence_ticks(axes: Axes, largest: float, smallest: float) -> None:
     axes.minorticks_off()
 
 
-def _plain_log_numbers(axes: Axes) -> None:
+def _plain_log_numbers(axes: Axes, *, low_panel: bool = False) -> None:
     """Label a logarithmic y axis with plain numbers: 0.1, 0.2, 0.5, 1; powers of ten alone where there are many."""
     low, high = axes.get_ylim()
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_major_formatter(plain)
-    axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0) if high / low > 8 else tuple(range(2, 10))))
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0) if low_panel or high / low > 8 else tuple(range(2, 10))))
     axes.yaxis.set_minor_formatter(plain if high / low < 300 else NullFormatter())
 
 
@@ -244,7 +244,7 @@ def training_curves(
             )
         _plain_log_numbers(losses)
         _plain_log_numbers(errors)
-        _plain_log_numbers(rates)
+        _plain_log_numbers(rates, low_panel=True)
         losses.set_ylabel("NLL [nats per image]")
         losses.set_title("Training")
         losses.legend(loc="best", fontsize=10)
