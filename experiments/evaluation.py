@@ -93,14 +93,106 @@ class Evaluation:
     sample_log_likelihood: dict[str, Tensor]
 
 
-class _OneAfterAnother:
-    """The batches of several splits, so that the same weight samples see all of them in one pass."""
+@dataclass(frozen=True)
+class Predictions:
+    """What a model average says about one set of images.
 
-    def __init__(self, splits: Iterable[Images], batch_size: int) -> None:
-        self.loaders = [split.batches(batch_size) for split in splits]
+    Attributes:
+        probabilities: Shape (N, C).
+        entropy: Of the probabilities, (N,) [nats].
+        targets: Class indices (N,); None for images of other classes.
+        log_likelihood: log p(target), (N,) [nats]; None for images of other classes.
+        sample_log_likelihood: log p(target | weights), (S, N) [nats]; None for images of other classes.
+    """
+
+    probabilities: Tensor
+    entropy: Tensor
+    targets: Tensor | None = None
+    log_likelihood: Tensor | None = None
+    sample_log_likelihood: Tensor | None = None
+
+    def rescaled(self, temperature: "lb.TemperatureScaling") -> "Predictions":
+        """Return the predictions at another temperature; what single samples say is left out."""
+        probabilities = temperature(self.probabilities)
+        entropy = torch.special.entr(probabilities.double()).sum(-1).to(probabilities.dtype)
+        if self.targets is None:
+            return Predictions(probabilities, entropy)
+        # where probabilities underflow the logarithm of the scaled one is that of the scaler, not log 0
+        log_likelihood = temperature.log_likelihood(self.probabilities, self.targets)
+        return Predictions(probabilities, entropy, self.targets, log_likelihood)
+
+
+class _OneAfterAnother:
+    """The batches of several sets, so that the same weight samples see all of them in one pass."""
+
+    def __init__(self, labelled: Iterable[Images], foreign: Iterable[Images], batch_size: int) -> None:
+        self.labelled = [images.batches(batch_size) for images in labelled]
+        self.foreign = [images.batches(batch_size) for images in foreign]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return chain.from_iterable(self.loaders)
+        yield from chain.from_iterable(self.labelled)
+        for inputs, targets in chain.from_iterable(self.foreign):
+            yield inputs, torch.zeros_like(targets)  # their classes may be none of the network's; nothing is made of it
+
+
+def predict_splits(
+    model: nn.Module,
+    weights: Any,
+    labelled: Mapping[str, Images],
+    bn_images: Images,
+    *,
+    foreign: Mapping[str, Images] | None = None,
+    num_samples: int,
+    seed: int,
+    layout: lb.ParameterLayout | None = None,
+    batch_size: int = 500,
+    **options: Any,
+) -> dict[str, Predictions]:
+    """Predict several sets of images with the same weight samples, batch norm recalibrated for each of them.
+
+    Args:
+        model: The network; weights that the layout leaves out are its own.
+        weights: A posterior, or given weights (D,) or (S, D).
+        labelled: Images of the network's classes, by name.
+        bn_images: What batch norm is recalibrated on: training images, without augmentation.
+        foreign: Images of other classes, by name.
+        num_samples: Weight samples of a posterior.
+        seed: Seed of the weight samples.
+        layout: What a weight vector holds; None for all trainable parameters.
+        batch_size: Images in a batch.
+        **options: More for `lowrank_bdl.predict`.
+    """
+    foreign = foreign or {}
+    prediction = lb.predict(
+        model,
+        weights,
+        _OneAfterAnother(labelled.values(), foreign.values(), batch_size),
+        num_samples=num_samples,
+        bn_loader=bn_images.batches(batch_size) if has_batch_norm(model) else None,
+        layout=layout,
+        generator=torch.Generator().manual_seed(seed),
+        **options,
+    )
+    sizes = [len(images) for images in (*labelled.values(), *foreign.values())]
+
+    def parts(values: Tensor | None, dim: int = 0) -> tuple[Tensor, ...]:
+        assert values is not None, "labelled images give every prediction"
+        return values.split(sizes, dim)
+
+    each = zip(
+        (*labelled, *foreign),
+        parts(prediction.mean),
+        parts(prediction.entropy),
+        parts(prediction.targets),
+        parts(prediction.log_likelihood),
+        parts(prediction.sample_log_likelihood, dim=1),
+        strict=True,
+    )
+    return {name: Predictions(*values) if name in labelled else Predictions(*values[:2]) for name, *values in each}
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 def evaluate_method(
@@ -114,41 +206,57 @@ def evaluate_method(
     layout: lb.ParameterLayout | None = None,
     batch_size: int = 500,
 ) -> Evaluation:
-    """Predict with a posterior or with one weight vector (D,), batch norm recalibrated for each set of weights.
+    """Predict with a posterior or with one weight vector (D,), and measure how well; see `predict_splits`.
 
     Args:
-        model: The network; weights that the layout leaves out are its own.
+        model: The network.
         weights: The posterior or the vector.
         splits: What to predict, by name.
-        bn_images: What batch norm is recalibrated on: training images, without augmentation.
+        bn_images: What batch norm is recalibrated on.
         num_samples: Weight samples of a posterior.
         seed: Seed of the weight samples and of the resamples behind standard errors.
-        layout: What a weight vector holds; None for all trainable parameters.
+        layout: What a weight vector holds.
         batch_size: Images in a batch.
     """
-    prediction = lb.predict(
-        model,
-        weights,
-        _OneAfterAnother(splits.values(), batch_size),
-        num_samples=num_samples,
-        bn_loader=bn_images.batches(batch_size),
-        layout=layout,
-        generator=torch.Generator().manual_seed(seed),
+    found = predict_splits(
+        model, weights, splits, bn_images, num_samples=num_samples, seed=seed, layout=layout, batch_size=batch_size
     )
-    sizes = [len(split) for split in splits.values()]
 
-    def parts(values: Tensor | None, dim: int = 0) -> dict[str, Tensor]:
-        assert values is not None, "labelled images give every prediction"
-        return dict(zip(splits, values.split(sizes, dim), strict=True))
+    def each(field: str) -> dict[str, Tensor]:
+        return {name: getattr(predictions, field) for name, predictions in found.items()}
 
-    probabilities, targets = parts(prediction.mean), parts(prediction.targets)
-    log_likelihood = parts(prediction.log_likelihood)
-    metrics = {
-        name: classification_metrics(probabilities[name], targets[name], log_likelihood[name], seed=seed)
-        for name in splits
+    return Evaluation(
+        {name: metrics_of(predictions, seed=seed) for name, predictions in found.items()},
+        each("probabilities"),
+        each("targets"),
+        each("entropy"),
+        each("sample_log_likelihood"),
+    )
+
+
+def metrics_of(predictions: Predictions, *, seed: int = 0) -> dict[str, float]:
+    """`classification_metrics` of labelled predictions."""
+    assert predictions.targets is not None and predictions.log_likelihood is not None
+    return classification_metrics(predictions.probabilities, predictions.targets, predictions.log_likelihood, seed=seed)
+
+
+def detection_metrics(inside: Tensor, outside: Tensor) -> dict[str, float]:
+    """How well predictive entropy tells foreign images, the positives, from the test images.
+
+    Args:
+        inside: Entropy of the predictions for the test images, (N,) [nats].
+        outside: Entropy of those for the foreign ones, (M,) [nats].
+
+    Returns:
+        Areas under the ROC curve and under precision against recall, false positives where 95 % are found, and the
+        symmetric Kullback-Leibler divergence of the SWAG paper between the two histograms [nats].
+    """
+    return {
+        "auroc": lb.metrics.auroc(inside, outside),
+        "aupr": lb.metrics.average_precision(inside, outside),
+        "fpr95": lb.metrics.false_positive_rate(inside, outside),
+        "divergence": lb.metrics.histogram_divergence(inside, outside),
     }
-    of_samples = parts(prediction.sample_log_likelihood, dim=1)
-    return Evaluation(metrics, probabilities, targets, parts(prediction.entropy), of_samples)
 
 
 def describe_posterior(posterior: Any, *, num_samples: int, seed: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from experiments.common import SettingsError
 from lowrank_bdl.models import MODELS, create_model
 from lowrank_bdl.models.registry import closest_first
 
-OWN = ("SmallConvNet", "MobileNetV2")
+OWN = ("SmallConvNet", "SmallConvNetDrop", "MobileNetV2")
 TORCHVISION = ("resnet", "resnext", "wide_resnet", "densenet")  # beginnings of the names taken from there
 FULL_STRIDE_FROM = 64  # smaller images go through MobileNetV2's first convolution with stride 1 [pixels]
 
@@ -24,12 +24,15 @@ class SmallConvNet(nn.Sequential):
         image_size: Height (= width) of the images [pixels].
         num_classes: Number of logits.
         width: Channels of the first convolution; the last has four times as many.
+        dropout_rate: Probability that a pooled feature is dropped; of SmallConvNetDrop 0.1.
 
     Shape:
         ``(N, channels, image_size, image_size)`` to ``(N, num_classes)``.
     """
 
-    def __init__(self, channels: int, image_size: int, num_classes: int, width: int = 8) -> None:
+    def __init__(
+        self, channels: int, image_size: int, num_classes: int, width: int = 8, dropout_rate: float = 0.0
+    ) -> None:
         def block(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
             convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
             return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -41,7 +44,7 @@ class SmallConvNet(nn.Sequential):
             *block(2 * width, 4 * width),
             *block(4 * width, 4 * width),
             nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
+            nn.Sequential(nn.Flatten(), nn.Dropout(dropout_rate)) if dropout_rate else nn.Flatten(),
             nn.Linear(4 * width, num_classes),
         )
 
@@ -83,7 +86,7 @@ def build_model(
     """Make a network by name; its initial weights come from torch's global generator.
 
     Args:
-        name: A name of `lowrank_bdl.models.MODELS`, SmallConvNet, MobileNetV2 (see `mobilenet_v2`), or a ResNet,
+        name: A name of `lowrank_bdl.models.MODELS`, SmallConvNet(Drop), MobileNetV2 (see `mobilenet_v2`), or a ResNet,
             ResNeXt, Wide ResNet or DenseNet as torchvision spells it ("resnet50", "densenet161"; untrained).
         num_classes: Number of logits.
         channels: Channels of the images.
@@ -100,8 +103,9 @@ def build_model(
         if name in MODELS:
             return create_model(name, num_classes, in_channels=channels, image_size=image_size, **options)
         if task == "classification":
-            if name == "SmallConvNet":
-                return SmallConvNet(channels, image_size, num_classes, **options)
+            if name in ("SmallConvNet", "SmallConvNetDrop"):
+                rate = {"dropout_rate": 0.1} if name.endswith("Drop") else {}
+                return SmallConvNet(channels, image_size, num_classes, **{**rate, **options})
             if name == "MobileNetV2":
                 return mobilenet_v2(num_classes, channels=channels, image_size=image_size, **options)
             if name.startswith(TORCHVISION):

@@ -104,13 +104,14 @@ def _confidence_ticks(axes: Axes, largest: float, smallest: float) -> None:
     axes.minorticks_off()
 
 
-def _plain_log_numbers(axes: Axes, *, low_panel: bool = False) -> None:
-    """Label a logarithmic y axis with plain numbers: 0.1, 0.2, 0.5, 1; powers of ten alone where there are many."""
-    low, high = axes.get_ylim()
+def _plain_log_numbers(axes: Axes, *, low_panel: bool = False, of: str = "y") -> None:
+    """Label a logarithmic axis with plain numbers: 0.1, 0.2, 0.5, 1; powers of ten alone where there are many."""
+    axis = axes.yaxis if of == "y" else axes.xaxis
+    low, high = axes.get_ylim() if of == "y" else axes.get_xlim()
     plain = FuncFormatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_major_formatter(plain)
-    axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0) if low_panel or high / low > 8 else tuple(range(2, 10))))
-    axes.yaxis.set_minor_formatter(plain if high / low < 300 else NullFormatter())
+    axis.set_major_formatter(plain)
+    axis.set_minor_locator(LogLocator(subs=(2.0, 5.0) if low_panel or high / low > 8 else tuple(range(2, 10))))
+    axis.set_minor_formatter(plain if high / low < 300 else NullFormatter())
 
 
 def nll_against_samples(

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from lowrank_bdl.models.construction import at_least, image_side, initialise_convolutions_
+from lowrank_bdl.models.construction import at_least, dropout, image_side, initialise_convolutions_
 
 
 class LeNet5(nn.Module):
@@ -15,16 +15,19 @@ class LeNet5(nn.Module):
         num_classes: Number of logits.
         in_channels: Channels of the images.
         image_size: Height and width of the images, at least 16 [pixels]; 28 gives the published network.
+        dropout_rate: Probability that a hidden unit is dropped, in [0, 1); parameters keep their names.
 
     Raises:
         ShapeError: If the images are smaller than 16 x 16, or a size is not positive.
+        ValueError: If the dropout rate is outside [0, 1).
 
     Shape:
         ``(N, in_channels, image_size, image_size)`` to ``(N, num_classes)``.
 
     Cost: 2.3 million multiply-adds an image of 28 x 28 pixels.
 
-    Source: LeCun et al., "Gradient-based learning applied to document recognition" (1998), in the shape Caffe gave it.
+    Source: LeCun et al., "Gradient-based learning applied to document recognition" (1998), in the shape Caffe gave it;
+    "Drop" loses half the hidden units, as in Gal and Ghahramani, "Dropout as a Bayesian approximation" (2016).
 
     Example:
         >>> import torch
@@ -32,9 +35,12 @@ class LeNet5(nn.Module):
         torch.Size([2, 10])
     """
 
-    def __init__(self, num_classes: int, *, in_channels: int = 3, image_size: int = 32) -> None:
+    def __init__(
+        self, num_classes: int, *, in_channels: int = 3, image_size: int = 32, dropout_rate: float = 0.0
+    ) -> None:
         super().__init__()
         side = image_side("LeNet5", image_size, least=16)
+        drop = dropout(dropout_rate)
         side = ((side - 4) // 2 - 4) // 2
         self.conv_part = nn.Sequential(
             nn.Conv2d(at_least("in_channels", in_channels), 20, 5),
@@ -46,7 +52,7 @@ class LeNet5(nn.Module):
         )
         self.fc_part = nn.Sequential(
             nn.Linear(50 * side * side, 500),
-            nn.ReLU(inplace=True),
+            nn.Sequential(nn.ReLU(inplace=True), drop) if dropout_rate else nn.ReLU(inplace=True),
             nn.Linear(500, at_least("num_classes", num_classes)),
         )
         initialise_convolutions_(self)

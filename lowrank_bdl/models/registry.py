@@ -160,6 +160,7 @@ _SPECS = (
     ModelSpec("WideResNet28x10", WideResNet, {}, "classification", CIFAR, _WIDE_RECIPES),
     ModelSpec("WideResNet28x10Drop", WideResNet, _WIDE_DROP, "classification", CIFAR, _WIDE_RECIPES),
     ModelSpec("LeNet5", LeNet5, {}, "classification", MNIST, _LENET_RECIPES),
+    ModelSpec("LeNet5Drop", LeNet5, dict(dropout_rate=0.5), "classification", MNIST, _LENET_RECIPES),
     ModelSpec("ConvFC", ConvFC),
     ModelSpec("MLP", _perceptron),
     ModelSpec("RegNet", _regression_net, task="regression"),

@@ -27,6 +27,13 @@ def test_names_come_from_the_library_and_from_here() -> None:
     assert isinstance(seeded("SmallConvNet", width=2), SmallConvNet)
 
 
+def test_the_small_network_with_dropout_has_the_same_weights() -> None:
+    plain, drop = seeded("SmallConvNet", width=2), seeded("SmallConvNetDrop", width=2)
+    assert list(drop.state_dict()) == list(plain.state_dict())
+    assert [module.p for module in drop.modules() if isinstance(module, nn.Dropout)] == [0.1]
+    assert not any(isinstance(module, nn.Dropout) for module in plain.modules())
+
+
 def test_mobilenet_has_torchvision_s_weights_and_a_stem_of_stride_one() -> None:
     """2,236,682 weights: torchvision's 3,504,872 for 1000 classes, less 990 rows of 1281."""
     network = seeded("MobileNetV2")

@@ -41,3 +41,16 @@ def test_gradients_and_memory_format(make: type[LeNet5] | type[ConvFC], generato
     network, images = seeded(lambda: make(4, image_size=20)), torch.randn(6, 3, 20, 20, generator=generator)
     assert_gradients_reach_all(network, images)
     assert_channels_last_agrees(network, images)
+
+
+def test_lenet_with_dropout_is_the_same_network_but_for_dropout(generator: torch.Generator) -> None:
+    plain, drop = (seeded(lambda rate=rate: LeNet5(4, image_size=20, dropout_rate=rate)) for rate in (0.0, 0.5))
+    images = torch.randn(3, 3, 20, 20, generator=generator)
+    assert list(drop.state_dict()) == list(plain.state_dict())
+    assert torch.equal(drop.eval()(images), plain.eval()(images))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        assert not torch.equal(drop.train()(images), drop(images))
+    assert torch.equal(plain.train()(images), plain(images))
+    with pytest.raises(ValueError, match=r"dropout rate must lie in \[0, 1\); got 1\.0"):
+        LeNet5(4, image_size=20, dropout_rate=1.0)
