@@ -131,10 +131,7 @@ def load_dataset(
     Raises:
         SettingsError: If the data set is unknown, files are missing or damaged, or settings do not fit it.
     """
-    if name not in DATASETS:
-        known = ", ".join(closest_first(name, DATASETS))
-        raise SettingsError(f"unknown data set {name!r}; known are {known}")
-    source = DATASETS[name]
+    source = find_source(name)
     root = _folder(name, source, data_path)
     if split_classes is not None and not 0 <= split_classes < len(source.class_splits):
         raise SettingsError(f"--split_classes is 0 or 1, and for CIFAR10 alone; got {split_classes} for {name}")
@@ -184,6 +181,37 @@ def load_dataset(
         how.std,
         details,
     )
+
+
+def find_source(name: str) -> Source:
+    """Return the data set of this name.
+
+    Raises:
+        SettingsError: If there is none; names the closest.
+    """
+    if name not in DATASETS:
+        known = ", ".join(closest_first(name, DATASETS))
+        raise SettingsError(f"unknown data set {name!r}; known are {known}")
+    return DATASETS[name]
+
+
+def read_test_images(name: str, data_path: str | None = None, limit: int | None = None) -> Pool:
+    """Read test images as they are, neither resized nor normalised.
+
+    Args:
+        name: One of `DATASETS`.
+        data_path: Folder with the files; digits needs none.
+        limit: Keep only the first images of a fixed random order; None keeps all, as they are ordered.
+
+    Raises:
+        SettingsError: If the data set is unknown, its files are missing or damaged, or `limit` is less than 1.
+    """
+    if limit is not None and limit < 1:
+        raise SettingsError(f"the number of images must be at least 1; got {limit}")
+    source = find_source(name)
+    pool = source.read(_folder(name, source, data_path), False)
+    n = len(pool.targets)
+    return pool if limit is None or limit >= n else pool.select(_fixed_order(n)[:limit])
 
 
 def _folder(name: str, source: Source, data_path: str | None) -> Path:
