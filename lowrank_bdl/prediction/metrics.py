@@ -12,8 +12,45 @@ from torch import Tensor
 from lowrank_bdl.errors import NonFiniteError, ShapeError
 
 
-def _checked(probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities ``(N, C)`` float64 and class indices ``(N,)``."""
+def checked_probabilities(probs: Tensor) -> Tensor:
+    """Refuse what are no probabilities.
+
+    Args:
+        probs: Class probabilities, shape ``(..., C)``, at least one row; sums may be off by rounding.
+
+    Returns:
+        The same as ``(N, C)`` in float64.
+
+    Raises:
+        ShapeError: If there is no row, or one is negative or does not sum to 1.
+        NonFiniteError: If a probability is NaN or infinite.
+    """
+    if probs.ndim < 2 or probs.numel() == 0:
+        raise ShapeError(f"probs must have shape (..., C) with the classes last; got {tuple(probs.shape)}.")
+    p = probs.detach().double().flatten(0, -2)
+    if not bool(p.isfinite().all()):
+        raise NonFiniteError("probs must be finite; got NaN or infinite values.")
+    rounding = 4 * torch.finfo(probs.dtype).eps * p.shape[1] ** 0.5 + 1e-6
+    error = max((p.sum(1) - 1).abs().max().item(), -p.min().item())
+    if error > rounding:
+        raise ShapeError(f"probs must be >= 0 and sum to 1 over the last axis; off by {error:.1e} (are they logits?).")
+    return p
+
+
+def checked_targets(probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Refuse what are no probabilities or not the classes of as many examples.
+
+    Args:
+        probs: Class probabilities, shape ``(..., C)``.
+        targets: Class indices, shape ``(...)``.
+
+    Returns:
+        Probabilities ``(N, C)`` in float64 and class indices ``(N,)`` in int64.
+
+    Raises:
+        ShapeError: If shapes or classes do not fit, or rows are not probabilities.
+        NonFiniteError: If a probability is NaN or infinite.
+    """
     if probs.ndim < 2 or targets.shape != probs.shape[:-1] or targets.numel() == 0:
         raise ShapeError(
             "probs must have shape (..., C) with the classes last and targets (...), at least one of them; "
@@ -21,13 +58,7 @@ def _checked(probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         )
     if targets.is_floating_point():
         raise ShapeError(f"targets must be integer class indices; got {targets.dtype}.")
-    p, classes = probs.detach().double().flatten(0, -2), targets.flatten().long()
-    if not bool(p.isfinite().all()):
-        raise NonFiniteError("probs must be finite; got NaN or infinite values.")
-    rounding = 4 * torch.finfo(probs.dtype).eps * p.shape[1] ** 0.5 + 1e-6
-    error = max((p.sum(1) - 1).abs().max().item(), -p.min().item())
-    if error > rounding:
-        raise ShapeError(f"probs must be >= 0 and sum to 1 over the last axis; off by {error:.1e} (are they logits?).")
+    p, classes = checked_probabilities(probs), targets.flatten().long()
     if not bool(((classes >= 0) & (classes < p.shape[1])).all()):
         low, high = classes.min().item(), classes.max().item()
         raise ShapeError(f"targets must be in [0, {p.shape[1]}); got values from {low} to {high}.")
@@ -52,7 +83,7 @@ def accuracy(probs: Tensor, targets: Tensor) -> float:
         >>> accuracy(torch.tensor([[0.9, 0.1], [0.8, 0.2]]), torch.tensor([0, 1]))
         0.5
     """
-    p, classes = _checked(probs, targets)
+    p, classes = checked_targets(probs, targets)
     return (p.argmax(1) == classes).double().mean().item()
 
 
@@ -76,7 +107,7 @@ def nll(probs: Tensor, targets: Tensor) -> float:
         >>> round(nll(torch.tensor([[0.5, 0.5]]), torch.tensor([0])), 4)
         0.6931
     """
-    p, classes = _checked(probs, targets)
+    p, classes = checked_targets(probs, targets)
     return -p.gather(1, classes.unsqueeze(1)).log().mean().item()
 
 
@@ -100,7 +131,7 @@ def brier(probs: Tensor, targets: Tensor) -> float:
         >>> brier(torch.tensor([[0.5, 0.5]]), torch.tensor([0]))
         0.5
     """
-    p, classes = _checked(probs, targets)
+    p, classes = checked_targets(probs, targets)
     hit = p.gather(1, classes.unsqueeze(1)).squeeze(1)
     return (p.square().sum(1) - 2 * hit + 1).mean().item()
 
@@ -154,7 +185,7 @@ def reliability_curve(probs: Tensor, targets: Tensor, num_bins: int = 15, binnin
         >>> curve.count.tolist()[-1], curve.accuracy[-1].item(), round(curve.ece, 4)
         (2, 0.5, 0.48)
     """
-    p, classes = _checked(probs, targets)
+    p, classes = checked_targets(probs, targets)
     if num_bins < 1:
         raise ValueError(f"num_bins must be at least 1; got {num_bins}.")
     confidence, predicted = p.max(1)

@@ -74,7 +74,9 @@ class Predictive:
         mixtures = per_sample.double().flatten(1).logcumsumexp(0) - sizes.log().unsqueeze(-1)
         return -mixtures.mean(1)
 
-    def _classes(self) -> Tensor:
+    @property
+    def class_probabilities(self) -> Tensor:
+        """The mean where it is of class probabilities, ``(N, C)``; an error for numeric targets."""
         if self.epistemic_variance is not None:
             raise LowRankBDLError("This needs class probabilities; the likelihood is a numeric one.")
         return self.mean
@@ -82,17 +84,17 @@ class Predictive:
     @property
     def predicted_class(self) -> Tensor:
         """Most probable class, ``(N,)``."""
-        return self._classes().argmax(-1)
+        return self.class_probabilities.argmax(-1)
 
     @property
     def accuracy(self) -> float:
         """Fraction of examples whose most probable class is the target."""
-        return metrics.accuracy(self._classes(), self._labelled()[0])
+        return metrics.accuracy(self.class_probabilities, self._labelled()[0])
 
     @property
     def brier(self) -> float:
         """Brier score, in [0, 2]; see :func:`~lowrank_bdl.prediction.metrics.brier`."""
-        return metrics.brier(self._classes(), self._labelled()[0])
+        return metrics.brier(self.class_probabilities, self._labelled()[0])
 
     def reliability_curve(self, num_bins: int = 15, binning: str = "width") -> metrics.ReliabilityCurve:
         """Confidence against accuracy, and its expected calibration error as ``.ece``.
@@ -107,4 +109,4 @@ class Predictive:
         Raises:
             LowRankBDLError: Without targets or class probabilities.
         """
-        return metrics.reliability_curve(self._classes(), self._labelled()[0], num_bins, binning)
+        return metrics.reliability_curve(self.class_probabilities, self._labelled()[0], num_bins, binning)
