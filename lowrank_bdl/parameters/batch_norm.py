@@ -7,8 +7,10 @@ and the variance *between* batches counts. An average of the batches' variances 
 means differ can have a pooled variance six times as large.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -110,19 +112,43 @@ def _tracking_layers(model: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
+def _require_fraction(fraction: float) -> None:
+    if not 0 < fraction <= 1:
+        raise ValueError(f"The fraction of batches must be in (0, 1]; got {fraction}.")
+
+
+def _number_of_batches(loader: Iterable[Any], fraction: float) -> int | None:
+    """How many of the loader's first batches make up a fraction of them; None for all there are."""
+    if fraction == 1:
+        return None
+    try:
+        length = len(loader) if isinstance(loader, Sized) else None
+    except TypeError:  # a data loader over a stream
+        length = None
+    if length is None:
+        raise TypeError(
+            f"A fraction of the batches needs a loader that knows its length; got {type(loader).__name__} without one. "
+            "Give it as many batches as it shall use."
+        )
+    return math.ceil(fraction * length * (1 - 1e-12))  # 0.07 * 100 is a little more than 7
+
+
 @torch.no_grad()
 def _pooled(
     network: StatelessModel,
     weights: "Iterable[Mapping[str, Tensor]]",
     num_samples: int,
     loader: Iterable[Any],
+    fraction: float,
     progress: bool,
 ) -> dict[str, Tensor]:
+    limit = _number_of_batches(loader, fraction)
     layers = [_LayerStatistics(name, bn, num_samples) for name, bn in _tracking_layers(network.model).items()]
     current = [0]
     num_batches = 0
     with evaluation_mode(network.model), _observed(layers, current):
-        for batch in tqdm(loader, desc="batch-norm statistics", unit="batch", disable=not progress):
+        bar = tqdm(loader, "batch-norm statistics", limit, unit="batch", leave=False, disable=not progress)
+        for batch in islice(bar, limit):
             num_batches += 1
             for current[0], parameters in enumerate(weights):
                 network(parameters, batch)
@@ -150,6 +176,7 @@ def recalibrate_batch_norm(
     *,
     layout: ParameterLayout | None = None,
     call_fn: CallFn | None = None,
+    fraction: float = 1.0,
     progress: bool = False,
 ) -> dict[str, Tensor]:
     r"""Compute the batch-norm statistics of S sets of weights in one pass over the data.
@@ -170,6 +197,7 @@ def recalibrate_batch_norm(
         loader: Batches; without labels, or ``(x, y)``. Preferably the training data without augmentation.
         layout: What θ holds; None takes every trainable parameter.
         call_fn: ``call_fn(model, batch)`` runs the model; None calls ``model(x)``.
+        fraction: In (0, 1]: stop after the first ceil(fraction · length) of the loader's batches.
         progress: Show a progress bar.
 
     Returns:
@@ -179,8 +207,11 @@ def recalibrate_batch_norm(
     Raises:
         ShapeError: If the loader is empty, ``thetas`` does not fit the layout, or a batch has one value per channel.
         NonFiniteError: If a statistic is NaN or infinite; names the layer and the sample.
+        ValueError: If the fraction is outside (0, 1].
+        TypeError: If the fraction is below 1 and the loader does not know its length.
 
-    Cost: S forward passes over the loader, read once; memory of one forward pass plus 16 bytes per channel and sample.
+    Cost: S forward passes over the loader, or its fraction, read once; memory of one forward pass plus 16 bytes per
+    channel and sample.
 
     Source: Maddox et al., "A Simple Baseline for Bayesian Uncertainty in Deep Learning" (2019), section 3.4, asks for
     the statistics of every sample; the pooling is ours.
@@ -192,6 +223,7 @@ def recalibrate_batch_norm(
         >>> recalibrate_batch_norm(net, thetas, batches)["1.running_mean"].flatten().tolist()
         [5.0, 15.0]
     """
+    _require_fraction(fraction)
     if not _tracking_layers(model):
         return {}
     network = FunctionalModel(model, layout, call_fn)
@@ -199,11 +231,16 @@ def recalibrate_batch_norm(
         raise ShapeError(f"thetas must have shape (S, {network.layout.numel}); got {tuple(thetas.shape)}.")
     if len(thetas) == 0:
         raise ShapeError("thetas must hold at least one set of weights; got none.")
-    return _pooled(network.stateless, _NamedWeights(network, thetas), len(thetas), loader, progress)
+    return _pooled(network.stateless, _NamedWeights(network, thetas), len(thetas), loader, fraction, progress)
 
 
 def recalibrate_batch_norm_(
-    model: nn.Module, loader: Iterable[Any], *, call_fn: CallFn | None = None, progress: bool = False
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    call_fn: CallFn | None = None,
+    fraction: float = 1.0,
+    progress: bool = False,
 ) -> None:
     """Replace the batch-norm statistics of a model by those of its present weights, in place.
 
@@ -215,11 +252,14 @@ def recalibrate_batch_norm_(
         model: Any module.
         loader: Batches; without labels, or ``(x, y)``.
         call_fn: ``call_fn(model, batch)`` runs the model; None calls ``model(x)``.
+        fraction: In (0, 1]: stop after the first ceil(fraction · length) of the loader's batches.
         progress: Show a progress bar.
 
     Raises:
         ShapeError: If the loader is empty or a batch has one value per channel.
         NonFiniteError: If a statistic is NaN or infinite.
+        ValueError: If the fraction is outside (0, 1].
+        TypeError: If the fraction is below 1 and the loader does not know its length.
 
     Cost: one forward pass over the loader.
 
@@ -229,9 +269,10 @@ def recalibrate_batch_norm_(
         >>> net[0].running_mean.item(), round(net[0].running_var.item(), 4), net[0].momentum
         (5.0, 15.0, 0.5)
     """
+    _require_fraction(fraction)
     if not _tracking_layers(model):
         return
-    found = _pooled(StatelessModel(model, call_fn), [{}], 1, loader, progress)
+    found = _pooled(StatelessModel(model, call_fn), [{}], 1, loader, fraction, progress)
     own = dict(model.named_buffers())
     with torch.no_grad():
         for name, value in found.items():

@@ -1,6 +1,7 @@
 """Bayesian model averaging: predictions of one network under many weight vectors."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from lowrank_bdl.parameters.batch_norm import recalibrate_batch_norm
 from lowrank_bdl.parameters.functional import CallFn, FunctionalModel, evaluation_mode, to_device
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.prediction.averaging import BatchAverage, Parts, join
-from lowrank_bdl.prediction.draws import SamplesWeights, WeightDraws
+from lowrank_bdl.prediction.draws import SamplesWeights, require_samples, weight_vectors
+from lowrank_bdl.prediction.dropout import DropoutMasks
 from lowrank_bdl.prediction.likelihoods import Likelihood, resolve_likelihood
 from lowrank_bdl.prediction.predictive import Predictive
 
@@ -41,40 +43,6 @@ def targets_of(batch: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def _weights(
-    posterior: "SamplesWeights | Tensor",
-    num_samples: int,
-    layout: ParameterLayout,
-    generator: torch.Generator | None,
-    max_bytes: int | None,
-    device: torch.device | None,
-) -> Collection[Tensor]:
-    if isinstance(posterior, Tensor):
-        if posterior.ndim not in (1, 2) or posterior.shape[-1] != layout.numel or len(posterior) == 0:
-            raise ShapeError(
-                f"Given weights must have shape ({layout.numel},) or (S, {layout.numel}) with S >= 1; "
-                f"got {tuple(posterior.shape)}."
-            )
-        return posterior.unbind(0) if posterior.ndim == 2 else (posterior,)
-    if not callable(getattr(posterior, "sample", None)):  # a collector, say, instead of its posterior
-        raise TypeError(
-            "posterior must draw weights, sample(n, generator=), or be a tensor of weights; "
-            f"got {type(posterior).__name__}."
-        )
-    mean = getattr(posterior, "mean", None)
-    draws = WeightDraws(
-        posterior,
-        num_samples,
-        generator,
-        max_bytes,
-        mean.device if isinstance(mean, Tensor) else generator.device if generator is not None else device,
-        device,
-    )
-    if draws.dim != layout.numel:
-        raise ShapeError(f"The posterior must draw vectors of length {layout.numel} as in the layout; got {draws.dim}.")
-    return draws
-
-
 @torch.no_grad()
 def predict(
     model: nn.Module,
@@ -83,6 +51,8 @@ def predict(
     num_samples: int = 30,
     *,
     bn_loader: Iterable[Any] | None = None,
+    bn_fraction: float = 1.0,
+    dropout: bool = False,
     likelihood: "str | Likelihood" = "categorical",
     noise_variance: "float | Tensor | None" = None,
     call_fn: CallFn | None = None,
@@ -96,7 +66,7 @@ def predict(
     r"""Average a network's predictions over a posterior, :math:`p(y \mid x) = \frac1S \sum_s p(y \mid x, \theta_s)`.
 
     The same S weight samples serve every batch, and the loader is read once, so a shuffling loader is as good as any.
-    The network runs in evaluation mode; its weights, buffers and modes stay as they are.
+    The network runs in evaluation mode; its weights, buffers and modes stay as they are, also after an error.
 
     A batch-normalised network needs statistics for each sample: give the training data as ``bn_loader``, which is
     read once for all samples (see :func:`~lowrank_bdl.parameters.batch_norm.recalibrate_batch_norm`). Without it the
@@ -105,13 +75,21 @@ def predict(
     Each draw comes from a generator of its own, seeded from ``generator``. Draws that do not fit into ``max_bytes`` are
     made anew for every batch, with the same result to the last bit.
 
+    With ``dropout`` the dropout layers stay random, with a fresh mask for every sample and every example; around one
+    weight vector this is Monte Carlo dropout, around draws it adds to them. Masks are a function of ``generator``, the
+    sample's number and the batch's.
+
     Args:
         model: The network.
-        posterior: What draws weights: anything with ``sample(n, generator=)`` and ``layout``. Or given weights,
-            ``(D,)`` or ``(S, D)``, to average over (a deep ensemble, or the mean alone): ``num_samples`` is not used.
+        posterior: What draws weights: anything with ``sample(n, generator=)`` and ``layout``; one that also has
+            ``draw(s, generator=)`` gives draw number s by it (a mixture: each component its share), one that has
+            ``members(num)`` (an ensemble) is averaged over min(S, M) of its M members, once each. Or given weights,
+            ``(D,)`` or ``(S, D)``, to average over: ``num_samples`` is not used, but for ``(D,)`` with dropout.
         loader: Batches ``(x, y)`` or ``x``, or whatever ``call_fn`` takes; tensors are moved to the model's device.
         num_samples: S, the number of draws.
         bn_loader: Batches for the batch-norm statistics, preferably the training data without augmentation.
+        bn_fraction: Fraction of ``bn_loader`` to use, in (0, 1]; below 1 its first batches only.
+        dropout: Keep torch's dropout layers random; see above. Off while batch-norm statistics are computed.
         likelihood: ``"categorical"`` (outputs are logits ``(N, C)``), ``"gaussian"`` (see
             :class:`~lowrank_bdl.prediction.likelihoods.GaussianLikelihood`), or a callable from the output to a
             ``torch.distributions`` object with one row an example.
@@ -131,14 +109,16 @@ def predict(
     Raises:
         ShapeError: If the loader is empty, or model, layout, posterior, outputs and targets do not fit together.
         NonFiniteError: If a sample's output is NaN, or a predicted variance is not > 0.
-        ValueError: If the likelihood is unknown.
-        TypeError: If ``posterior`` neither draws weights nor is a tensor.
+        ValueError: If the likelihood is unknown, the fraction is outside (0, 1], or the model has no dropout.
+        TypeError: If ``posterior`` neither draws weights nor is a tensor, or ``bn_loader`` has no length to take a
+            fraction of.
 
     Cost: S forward passes over the loader, S over ``bn_loader``; memory of one forward pass, the kept draws and
     O(N (C + S)).
 
     Source: Maddox et al., "A Simple Baseline for Bayesian Uncertainty in Deep Learning" (2019), algorithm 1; mutual
-    information as in Houlsby et al., "Bayesian Active Learning for Classification and Preference Learning" (2011).
+    information as in Houlsby et al., "Bayesian Active Learning for Classification and Preference Learning" (2011);
+    dropout as in Gal and Ghahramani, "Dropout as a Bayesian approximation" (2016), eq. 6.
 
     Example:
         >>> net = nn.Linear(1, 2, bias=False)
@@ -151,19 +131,28 @@ def predict(
         layout = getattr(posterior, "layout", None)
     network = FunctionalModel(model, layout, call_fn)
     device = network.stateless.device
-    weights = _weights(posterior, num_samples, network.layout, generator, max_bytes, device)
+    weights = weight_vectors(
+        posterior, num_samples, network.layout, generator=generator, max_bytes=max_bytes, device=device
+    )
+    masks = DropoutMasks(model, device, generator) if dropout else None
     buffers: dict[str, Tensor] = {}
     if bn_loader is not None:
         buffers = recalibrate_batch_norm(
-            model, weights, bn_loader, layout=network.layout, call_fn=call_fn, progress=progress
+            model, weights, bn_loader, layout=network.layout, call_fn=call_fn, fraction=bn_fraction, progress=progress
         )
+    if masks is not None and isinstance(posterior, Tensor) and posterior.ndim == 1:
+        require_samples(num_samples)
+        weights = tuple(weights) * num_samples
+        buffers = {name: value.expand(num_samples, *value.shape[1:]) for name, value in buffers.items()}
     parts: list[Parts] = []
-    with evaluation_mode(model):
-        for batch in tqdm(loader, desc="predict", unit="batch", disable=not progress):
+    with evaluation_mode(model), nullcontext() if masks is None else masks.switched_on():
+        for batch in tqdm(loader, desc="predict", unit="batch", leave=False, disable=not progress):
             batch = to_device(batch, device) if device is not None else batch
             average = BatchAverage(len(parts), target_fn(batch), keep_samples)
             for s, theta in enumerate(weights):
-                average.add(rule(network(theta, batch, {name: value[s] for name, value in buffers.items()})))
+                with nullcontext() if masks is None else masks.drawn(sample=s, batch=len(parts)):
+                    outputs = network(theta, batch, {name: value[s] for name, value in buffers.items()})
+                average.add(rule(outputs))
             parts.append(average.finish())
     if not parts:
         raise ShapeError("The loader must give at least one batch; got none (an exhausted iterator?).")

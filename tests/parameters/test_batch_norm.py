@@ -322,4 +322,65 @@ def test_progress_bar_only_when_asked(capsys):
     recalibrate_batch_norm(model, thetas, shifted_batches())
     assert capsys.readouterr().err == ""
     recalibrate_batch_norm(model, thetas, shifted_batches(), progress=True)
-    assert "batch-norm statistics: 100%" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "batch-norm statistics:   0%" in shown and "0/5" in shown
+    assert shown.endswith("\r") and "\n" not in shown  # nothing is left on the screen
+    recalibrate_batch_norm(model, thetas, shifted_batches(), fraction=0.4, progress=True)
+    assert "0/2" in capsys.readouterr().err
+
+
+class CountedBatches(CountedLoader):
+    """Knows its length, and counts the batches it hands out."""
+
+    handed_out = 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            self.handed_out += 1
+            yield batch
+
+
+@pytest.mark.parametrize("fraction,used", [(1e-6, 1), (0.2, 1), (0.21, 2), (0.6, 3), (1.0, 5)])
+def test_a_fraction_is_the_first_batches_and_no_more(fraction, used):
+    model, _, thetas = problem()
+    loader = CountedBatches(shifted_batches())
+    found = recalibrate_batch_norm(model, thetas, loader, fraction=fraction)
+    assert (loader.passes, loader.handed_out) == (1, used)
+    expected = recalibrate_batch_norm(model, thetas, shifted_batches()[:used])
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    other = copy.deepcopy(model)
+    recalibrate_batch_norm_(model, loader, fraction=fraction)
+    recalibrate_batch_norm_(other, shifted_batches()[:used])
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), other.buffers(), strict=True))
+
+
+def test_a_fraction_of_whole_batches_is_not_rounded_up():
+    norm = nn.Sequential(nn.BatchNorm1d(3)).double()
+    recalibrate_batch_norm_(norm, [torch.randn(2, 3).double()] * 100, fraction=0.07)  # 0.07 * 100 > 7 in floats
+    assert norm[0].num_batches_tracked.item() == 7
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.01, float("nan")])
+def test_bad_fractions_are_refused_before_anything_is_read(fraction):
+    model, _, thetas = problem()
+    loader = CountedBatches(shifted_batches())
+    with pytest.raises(ValueError, match=r"fraction of batches must be in \(0, 1\]; got"):
+        recalibrate_batch_norm(model, thetas, loader, fraction=fraction)
+    with pytest.raises(ValueError, match=r"fraction of batches must be in \(0, 1\]; got"):
+        recalibrate_batch_norm_(nn.Linear(2, 2), loader, fraction=fraction)  # no batch norm, and still an error
+    assert loader.passes == 0
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(torch.zeros(6, 3).double())
+
+
+def test_a_fraction_needs_a_length():
+    model, _, thetas = problem()
+    for loader in (iter(shifted_batches()), torch.utils.data.DataLoader(Stream(), batch_size=2)):
+        with pytest.raises(TypeError, match="needs a loader that knows its length; got .* without one"):
+            recalibrate_batch_norm(model, thetas, loader, fraction=0.5)

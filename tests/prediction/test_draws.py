@@ -79,6 +79,10 @@ def test_bad_posteriors_are_refused():
         draws(posterior=StandardNormal(3, shape=(3,)))
     with pytest.raises(ShapeError, match=r"shape \(1, D\); got \(2, 3\)"):
         draws(posterior=StandardNormal(3, shape=(2, 3)))
+    numbered = StandardNormal(3)
+    numbered.draw = lambda s, *, generator: numbered.sample(1, generator=generator)
+    with pytest.raises(ShapeError, match=r"draw\(0\) must have shape \(D,\); got \(1, 3\)"):
+        draws(posterior=numbered)
 
 
 def test_membership():

@@ -420,4 +420,58 @@ def test_progress_bars_can_be_switched_off(capsys):
     assert capsys.readouterr().err == ""
     run(model, posterior, loader, bn_loader=loader, progress=True)
     shown = capsys.readouterr().err
-    assert "batch-norm statistics: 100%" in shown and "predict: 100%" in shown and "3/3" in shown
+    assert "batch-norm statistics:   0%" in shown and "predict:   0%" in shown and "0/3" in shown
+    assert shown.endswith("\r") and "\n" not in shown  # nothing is left on the screen
+
+
+def test_a_fraction_of_the_batch_norm_batches():
+    model, posterior, loader = conv_problem(sizes=(6, 6, 3, 5))
+    found = run(model, posterior, loader, bn_loader=loader, bn_fraction=0.5)
+    assert torch.equal(found.mean, run(model, posterior, loader, bn_loader=loader[:2]).mean)
+    assert not torch.equal(found.mean, run(model, posterior, loader, bn_loader=loader).mean)
+    with pytest.raises(ValueError, match=r"fraction of batches must be in \(0, 1\]; got 1.5"):
+        run(model, posterior, loader, bn_loader=loader, bn_fraction=1.5)
+    with pytest.raises(TypeError, match="loader that knows its length; got list_iterator without one"):
+        run(model, posterior, loader, bn_loader=iter(loader), bn_fraction=0.5)
+
+
+class Numbered(Posterior):
+    """Draw s is around s: which one is asked for shows in the result."""
+
+    def draw(self, s, *, generator=None):
+        return self.mean + s + 0.1 * torch.randn(len(self.mean), generator=generator, dtype=self.mean.dtype)
+
+
+def test_numbered_draws_are_used_where_there_are_any():
+    model, posterior, loader = conv_problem()
+    numbered = Numbered(posterior.layout, model)
+    thetas = thetas_of(numbered)
+    assert [round((theta - numbered.mean).mean().item()) for theta in thetas] == [0, 1, 2, 3, 4]
+    found = run(model, numbered, loader, max_bytes=0)
+    assert torch.equal(found.mean, run(model, thetas, loader).mean) and numbered.calls == 0
+    assert torch.equal(thetas_of(numbered, 3), thetas[:3])  # draw s does not depend on S
+
+
+class Ensemble(Posterior):
+    def __init__(self, layout, model, thetas):
+        super().__init__(layout, model)
+        self.thetas = thetas
+
+    def members(self, num=None):
+        return self.thetas if num is None else self.thetas[torch.linspace(0, len(self.thetas) - 1, num).round().long()]
+
+
+def test_an_ensemble_is_averaged_over_its_members():
+    model, posterior, loader = conv_problem()
+    thetas = thetas_of(posterior)
+    ensemble = Ensemble(posterior.layout, model, thetas)
+    for asked in (5, 30):
+        found = run(model, ensemble, loader, num_samples=asked, bn_loader=loader)
+        assert found.num_samples == 5 and ensemble.calls == 0
+        assert torch.equal(found.mean, run(model, thetas, loader, bn_loader=loader).mean)
+    some = run(model, ensemble, loader, num_samples=3)
+    assert torch.equal(some.mean, run(model, thetas[[0, 2, 4]], loader).mean)
+    with pytest.raises(ShapeError, match="num_samples must be at least 1; got 0"):
+        run(model, ensemble, loader, num_samples=0)
+    with pytest.raises(ShapeError, match=r"or \(S, 52\) with S >= 1; got \(5, 51\)"):
+        run(model, Ensemble(posterior.layout, model, thetas[:, 1:]), loader)
