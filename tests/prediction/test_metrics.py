@@ -1,10 +1,12 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score, roc_curve
+from scipy.stats import entropy
+from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score, roc_curve
 from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
@@ -91,6 +93,25 @@ def test_sure_predictions_are_counted():
         assert curve.ece == 0.5
 
 
+@settings(max_examples=50)
+@given(seed=st.integers(0, 2**31), num_bins=st.integers(1, 12), binning=st.sampled_from(["width", "mass"]))
+def test_closed_intervals_lose_no_example(seed, num_bins, binning):
+    """Confidences on every edge there is, 1 included, many of them tied: counts and sums are those of all examples."""
+    rand = torch.Generator().manual_seed(seed)
+    steps = torch.randint(num_bins + 1, (80,), generator=rand)
+    confidence = torch.maximum(steps, num_bins - steps).double() / num_bins
+    probs, targets = torch.stack([confidence, 1 - confidence], 1), torch.randint(2, (80,), generator=rand)
+    curve = metrics.reliability_curve(probs, targets, num_bins, binning)
+    filled = curve.count > 0
+    assert curve.count.sum() == 80 and len(curve.count) == num_bins
+    total = (curve.confidence * curve.count)[filled].sum().item()
+    assert total == pytest.approx(confidence.sum().item(), rel=1e-12)
+    hits = (curve.accuracy * curve.count)[filled].sum().item()
+    assert hits == pytest.approx((probs.argmax(1) == targets).sum().item(), rel=1e-12)
+    tied = [curve.confidence[i].item() for i in range(num_bins) if curve.count[i] > 0]
+    assert tied == sorted(set(tied))  # equal confidences share a bin
+
+
 def test_a_confidence_on_an_edge_is_in_the_bin_above():
     probs = torch.tensor([[0.5, 0.5], [0.75, 0.25], [1.0, 0.0], [0.7, 0.3]])
     assert metrics.reliability_curve(probs, torch.zeros(4).long(), 4).count.tolist() == [0, 0, 2, 2]
@@ -148,6 +169,83 @@ def test_false_positive_rate_by_hand(rate):
     fpr, tpr, _ = roc_curve([0] * 200 + [1] * 100, torch.cat([low, high]), drop_intermediate=False)
     expected = min(f for f, t in zip(fpr, tpr, strict=True) if t >= rate - 1e-9)
     assert metrics.false_positive_rate(low, high, rate) == pytest.approx(expected, rel=1e-12)
+
+
+def average_precision_by_hand(low, high):
+    """Sum over the distinct scores from above of the gain in recall times the precision there."""
+    total, recall = 0.0, 0.0
+    for threshold in sorted({*low, *high}, reverse=True):
+        true, false = sum(s >= threshold for s in high), sum(s >= threshold for s in low)
+        total += (true / len(high) - recall) * true / (true + false)
+        recall = true / len(high)
+    return total
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 2**31), levels=st.integers(1, 30), sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)))
+def test_average_precision_agrees_with_sklearn_and_by_hand_with_ties(seed, levels, sizes):
+    rand = torch.Generator().manual_seed(seed)
+    low = torch.randint(levels, (sizes[0],), generator=rand).double()
+    high = torch.randint(1, levels + 1, (sizes[1],), generator=rand).double()
+    found = metrics.average_precision(low, high)
+    labels = [0] * len(low) + [1] * len(high)
+    assert found == pytest.approx(average_precision_score(labels, torch.cat([low, high])), rel=1e-12)
+    assert found == pytest.approx(average_precision_by_hand(low.tolist(), high.tolist()), rel=1e-12)
+    shuffled = (low[torch.randperm(len(low), generator=rand)], high[torch.randperm(len(high), generator=rand)])
+    assert metrics.average_precision(*shuffled) == found
+
+
+def test_average_precision_of_extremes():
+    low, high = torch.zeros(30), torch.ones(10)
+    assert metrics.average_precision(low, high) == 1.0
+    assert metrics.average_precision(high, high) == 0.5  # nothing is said: the proportion of positives
+    assert metrics.average_precision(low, torch.zeros(10)) == 0.25
+    inverted = metrics.average_precision(torch.full((4,), math.inf), torch.tensor([-math.inf, 0.0]))
+    assert inverted == pytest.approx((1 / 5 + 2 / 6) / 2, rel=1e-15)
+
+
+def divergence_by_hand(first, second, edges, smoothing):
+    """KL(p || q) + KL(q || p) of histograms of counts plus smoothing, as scipy gives it."""
+    p, q = (np.histogram(np.clip(v, edges[0], edges[-1]), edges)[0] + smoothing for v in (first, second))
+    return entropy(p / p.sum(), q / q.sum()) + entropy(q / q.sum(), p / p.sum())
+
+
+@pytest.mark.parametrize("smoothing", [1e-30, 1e-7, 1e-1])
+def test_histogram_divergence_is_the_published_one_with_no_value_lost(smoothing):
+    rand = np.random.default_rng(0)
+    inside, outside = 10 ** rand.normal(-3, 2.5, 500), 10 ** rand.normal(-0.5, 0.6, 300)
+    edges = np.logspace(-8, 0.5, 30)
+    assert (inside < edges[0]).any() and (outside > edges[-1]).any()
+    found = metrics.histogram_divergence(torch.tensor(inside), torch.tensor(outside), smoothing=smoothing)
+    assert found == pytest.approx(divergence_by_hand(inside, outside, edges, smoothing), rel=1e-9)
+    swapped = metrics.histogram_divergence(torch.tensor(outside), torch.tensor(inside), smoothing=smoothing)
+    assert swapped == pytest.approx(found, rel=1e-12)
+
+
+def test_histogram_divergence_on_edges_of_ones_own():
+    edges = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    # 1.0 is in [1, 2); 3.0 and 9.0 in the last bin, -1.0 in the first
+    first, second = torch.tensor([-1.0, 0.0, 1.0, 3.0]), torch.tensor([0.5, 1.5, 1.9, 9.0])
+    expected = 2 * (1 / 4) * math.log(2)  # (2, 1, 1) against (1, 2, 1)
+    assert metrics.histogram_divergence(first, second, edges=edges) == pytest.approx(expected, abs=1e-7)
+    disjoint = [
+        metrics.histogram_divergence(torch.zeros(4), torch.full((4,), 2.5), edges=edges, smoothing=smoothing)
+        for smoothing in (1e-3, 1e-6)
+    ]
+    assert disjoint[1] - disjoint[0] == pytest.approx(2 * math.log(1e3), rel=1e-3)  # as the docstring warns
+
+
+def test_histogram_divergence_refuses_bad_input():
+    x = torch.ones(3)
+    with pytest.raises(ValueError, match="smoothing must be > 0 and finite; got 0"):
+        metrics.histogram_divergence(x, x, smoothing=0)
+    with pytest.raises(ShapeError, match="second must hold at least one score"):
+        metrics.histogram_divergence(x, x[:0])
+    with pytest.raises(NonFiniteError, match="first must not hold NaN"):
+        metrics.histogram_divergence(x * torch.nan, x)
+    for edges in (torch.ones(3), torch.tensor([0.0, 1.0]), torch.ones(2, 2)):
+        with pytest.raises(ShapeError, match="edges must be at least 3 increasing numbers; got shape"):
+            metrics.histogram_divergence(x, x, edges=edges)
 
 
 @pytest.mark.parametrize("metric", [metrics.accuracy, metrics.nll, metrics.brier, metrics.ece])
