@@ -1,12 +1,10 @@
-"""Rectangular blocks of a low-rank-plus-diagonal matrix."""
+"""Rectangular blocks of a low-rank-plus-diagonal or block-diagonal matrix."""
 
 from typing import Any, TypeAlias
 
 import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
-
-from lowrank_bdl.linalg.operator_state import LowRankPlusDiagState
 
 Index: TypeAlias = slice | Tensor
 
@@ -79,12 +77,12 @@ class LowRankPlusDiagBlock(LinearOperator):
     r"""The block ``Sigma[rows, columns]``: what ``Sigma[rows]`` is until ``[:, columns]`` makes it square again.
 
     Args:
-        base: The matrix Sigma, shape ``(*B, D, D)``.
+        base: The matrix Sigma, shape ``(*B, D, D)``: an operator with a ``select`` that gives such blocks.
         rows: Coordinates of the rows, ``(m,)``.
         columns: Coordinates of the columns, ``(n,)``.
     """
 
-    def __init__(self, base: LowRankPlusDiagState, rows: Tensor, columns: Tensor) -> None:
+    def __init__(self, base: LinearOperator, rows: Tensor, columns: Tensor) -> None:
         super().__init__(base, rows=rows, columns=columns)
         self.base = base
         self.rows = rows
@@ -96,7 +94,8 @@ class LowRankPlusDiagBlock(LinearOperator):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the whole matrix."""
-        return self.base.dtype
+        dtype: torch.dtype = self.base.dtype
+        return dtype
 
     def __getitem__(self, index: Any) -> Any:
         return super().__getitem__(plain_index(index, self.shape))

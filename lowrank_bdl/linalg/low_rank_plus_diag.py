@@ -281,9 +281,14 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
 
     def check_dense(self, limit_gib: float = DENSE_LIMIT_GIB) -> None:
         """Raise MemoryLimitError if the dense matrix would be larger than ``limit_gib`` [GiB]."""
-        need = self.shape.numel() * self.diag.element_size() / 2**30
-        if need > limit_gib:
-            raise MemoryLimitError(
-                f"the dense {tuple(self.shape)} matrix needs {need:.1f} GiB, more than the limit of {limit_gib:g} GiB; "
-                "its products, solves, draws and eigenvectors need no dense matrix."
-            )
+        check_dense_size(self, limit_gib)
+
+
+def check_dense_size(operator: LinearOperator, limit_gib: float) -> None:
+    """Raise MemoryLimitError if the dense matrix of ``operator`` would be larger than ``limit_gib`` [GiB]."""
+    need = operator.shape.numel() * operator.dtype.itemsize / 2**30
+    if need > limit_gib:
+        raise MemoryLimitError(
+            f"the dense {tuple(operator.shape)} matrix needs {need:.1f} GiB, more than the limit of {limit_gib:g} GiB; "
+            "its products, solves, draws and eigenvectors need no dense matrix."
+        )

@@ -42,7 +42,7 @@ def write_tensors(
     Args:
         path: The file; an existing one is replaced.
         kind: What the tensors make up; checked on reading.
-        tensors: By name; those that are contiguous are written from where they lie.
+        tensors: By name; those that are contiguous, and alone in their memory, are written from where they lie.
         metadata: JSON-able values by name.
 
     Raises:
@@ -60,7 +60,7 @@ def write_tensors(
         with open(partial, "xb") as stream:  # an unwritable directory fails here with a plain OSError
             mode = stat.S_IMODE(os.fstat(stream.fileno()).st_mode)
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=header)
+            save_file(_unshared(tensors), partial, metadata=header)
         except SafetensorError as error:
             raise OSError(f"cannot write {target}: {error}") from error
         os.chmod(partial, mode)  # some versions of safetensors make files that only their owner can read
@@ -70,6 +70,34 @@ def write_tensors(
         _sync_directory(target.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous tensors, each in memory of its own: a file of tensors has no views."""
+    result: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.contiguous()
+        storage = plain.untyped_storage().data_ptr()
+        result[name] = plain.clone() if plain.numel() and storage in seen else plain
+        seen.add(storage)
+    return result
+
+
+def read_kind(path: str | os.PathLike[str]) -> str:
+    """Say what a file of :func:`write_tensors` holds, reading its header alone.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The kind it was written with.
+
+    Raises:
+        CheckpointError: If the file is truncated, foreign, damaged or of a newer version.
+        FileNotFoundError: If there is no such file.
+    """
+    return _read_header(os.fspath(path))[0]
 
 
 def read_tensors(
@@ -94,14 +122,9 @@ def read_tensors(
         FileNotFoundError: If there is no such file.
     """
     name = os.fspath(path)
-    if not os.path.isfile(name):
-        raise FileNotFoundError(f"no such file: {name}")
-    try:
-        with safe_open(name, framework="pt") as stream:  # checks every offset against the length of the file
-            metadata = _check_header(name, stream.metadata() or {}, kind)
-            keys = list(stream.keys())
-    except SafetensorError as error:
-        raise CheckpointError(f"{name} is truncated or no safetensors file: {error}") from error
+    found, metadata, keys = _read_header(name)
+    if found != kind:
+        raise CheckpointError(f"{name} holds a {found!r}; expected a {kind!r}.")
     missing = [key for key in required if key not in keys]
     if missing:
         raise CheckpointError(f"{name} lacks {', '.join(missing)}.")
@@ -133,7 +156,18 @@ def _read_owned(name: str, keys: Sequence[str], device: torch.device | str | Non
     return tensors
 
 
-def _check_header(name: str, header: Mapping[str, str], kind: str) -> dict[str, Any]:
+def _read_header(name: str) -> tuple[str, dict[str, Any], list[str]]:
+    """Return kind, metadata and the names of the tensors of a valid file."""
+    if not os.path.isfile(name):
+        raise FileNotFoundError(f"no such file: {name}")
+    try:
+        with safe_open(name, framework="pt") as stream:  # checks every offset against the length of the file
+            return *_check_header(name, stream.metadata() or {}), list(stream.keys())
+    except SafetensorError as error:
+        raise CheckpointError(f"{name} is truncated or no safetensors file: {error}") from error
+
+
+def _check_header(name: str, header: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
     if header.get("format") != FORMAT:
         raise CheckpointError(f"{name} is no file of {FORMAT}; its format is {header.get('format')!r}.")
     try:
@@ -145,11 +179,9 @@ def _check_header(name: str, header: Mapping[str, str], kind: str) -> dict[str, 
         raise CheckpointError(
             f"{name} has format version {version}; this library reads up to {VERSION}. Update lowrank_bdl to read it."
         )
-    if header.get("kind") != kind:
-        raise CheckpointError(f"{name} holds a {header.get('kind')!r}; expected a {kind!r}.")
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{name} has a damaged header: metadata must be an object.")
-    return metadata
+    return str(header.get("kind")), metadata
 
 
 def _sync_directory(directory: Path) -> None:

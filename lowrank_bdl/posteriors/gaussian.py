@@ -2,26 +2,25 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from functools import singledispatch
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from lowrank_bdl.errors import CheckpointError, NonFiniteError, ShapeError
+from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.moments import first_unusable
 from lowrank_bdl.linalg.multivariate_normal import MultivariateNormal
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
 from lowrank_bdl.posteriors import released_formats
-from lowrank_bdl.posteriors.files import read_tensors, write_tensors
 from lowrank_bdl.posteriors.released_formats import ReleasedGaussian
+from lowrank_bdl.posteriors.storage import StoredPosterior, layout_difference, required
 
-KIND = "gaussian posterior"
 
-
-class GaussianPosterior:
+class GaussianPosterior(StoredPosterior, kind="gaussian posterior"):
     r"""The distribution :math:`N(m, \Sigma)` over a network's D weights, of one law in every method.
 
     Args:
@@ -73,6 +72,42 @@ class GaussianPosterior:
         self.layout = layout
         self.provenance: dict[str, Any] = dict(provenance or {})
 
+    @classmethod
+    def diagonal(
+        cls,
+        mean: Tensor,
+        variance: Tensor,
+        layout: ParameterLayout | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Self:
+        r"""Return :math:`N(m, \mathrm{diag}(v))`: independent weights, a covariance of rank 0.
+
+        Args:
+            mean: :math:`m`, shape ``(D,)`` [parameter].
+            variance: :math:`v \ge 0`, shape ``(D,)``, float32 or float64; 0 makes a point mass [parameter²].
+            layout: As in the class.
+            provenance: As in the class.
+
+        Raises:
+            ShapeError: If mean, variance and layout do not agree on D.
+            ValueError: If a variance is negative, or not finite (NonFiniteError).
+
+        Cost: no copy.
+
+        Example:
+            >>> GaussianPosterior.diagonal(torch.zeros(2), torch.tensor([4.0, 0.0])).stddev
+            tensor([2., 0.])
+        """
+        if variance.ndim != 1 or variance.shape != mean.shape:
+            raise ShapeError(f"mean and variance must be (D,); got {tuple(mean.shape)} and {tuple(variance.shape)}.")
+        bad = first_unusable(variance.detach(), float("inf"))
+        if bad is not None:
+            raise NonFiniteError(f"variance must be finite; entry {bad} is {variance[bad].item()}.")
+        if variance.numel() and bool((variance < 0).any()):
+            raise ValueError(f"variance must be >= 0; the smallest is {variance.min().item()}.")
+        root = variance.detach().new_empty((0, variance.numel())).mT
+        return cls(mean, LowRankPlusDiagLinearOperator(root, variance), layout, provenance)
+
     # ---- moments ------------------------------------------------------------------------------------------------
 
     @property
@@ -115,11 +150,11 @@ class GaussianPosterior:
 
         Cost: one read of the root and n·D normals; no memory beyond the result.
         """
-        return self.distribution.sample(_size(n), generator=generator)
+        return self.distribution.sample(sample_size(n), generator=generator)
 
     def rsample(self, n: int | Sequence[int] = 1, generator: torch.Generator | None = None) -> Tensor:
         """Draw as :meth:`sample` does, with gradients to mean, root and diagonal."""
-        return self.distribution.rsample(_size(n), generator=generator)
+        return self.distribution.rsample(sample_size(n), generator=generator)
 
     def log_prob(self, theta: Tensor) -> Tensor:
         """Return the log-density of ``theta``, shape ``(*S, D)``, as float64 of shape ``(*S,)`` [nat].
@@ -176,17 +211,8 @@ class GaussianPosterior:
 
     # ---- files --------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the posterior to one safetensors file, atomically: the old file or the new one, never a part.
-
-        The file holds mean, diagonal, deviations as they are stored, and their K x K mix; its metadata hold the
-        format's name and version, the layout (names, shapes, dtypes) and the provenance.
-
-        Args:
-            path: The file; its directory must exist.
-
-        Cost: no second D x K tensor in memory where the root is a transposed view of contiguous rows.
-        """
+    def to_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return mean, diagonal, deviations as they are stored, and their K x K mix; no copy."""
         covariance = self.covariance
         tensors = {
             "mean": self._mean.detach(),
@@ -196,50 +222,24 @@ class GaussianPosterior:
         }
         if covariance.root_scale is not None:
             tensors["deviation_scale"] = covariance.root_scale.detach()
-        layout = None if self.layout is None else self.layout.to_metadata()
-        write_tensors(path, KIND, tensors, {"layout": layout, "provenance": self.provenance})
+        return tensors, {}
 
     @classmethod
-    def load(
+    def from_state(
         cls,
-        path: str | os.PathLike[str],
-        layout: ParameterLayout | None = None,
-        *,
-        device: torch.device | str | None = None,
-    ) -> "GaussianPosterior":
-        """Read what :meth:`save` wrote; nothing is unpickled.
-
-        Args:
-            path: The file.
-            layout: If given, the file's layout must equal it (dtypes aside).
-            device: Where the tensors go; the CPU if None.
-
-        Raises:
-            CheckpointError: If the file is truncated, foreign or of a newer version, lacks a tensor, holds unusable
-                numbers, or is of other parameters than ``layout``.
-            FileNotFoundError: If there is no such file.
-        """
-        tensors, metadata = read_tensors(path, KIND, ("mean", "diag", "deviations", "mix"), device)
-        found = metadata.get("layout")
-        own = None if found is None else ParameterLayout.from_metadata(found)
-        if layout is not None:
-            if own is None:
-                raise CheckpointError(f"{os.fspath(path)} holds no layout to compare with the one given.")
-            difference = _difference(layout, own)
-            if difference is not None:
-                raise CheckpointError(f"{os.fspath(path)} is of other parameters: {difference}.")
-        name = os.fspath(path)
-        for key in ("diag", "mix"):
-            bad = first_unusable(tensors[key].reshape(-1), float("inf"))
-            if bad is not None or (key == "diag" and bool((tensors[key] < 0).any())):
-                raise CheckpointError(f"{name} contradicts itself: {key} holds negative or non-finite numbers.")
-        try:
-            covariance = LowRankPlusDiagLinearOperator(
-                tensors["deviations"].mT, tensors["diag"], tensors["mix"], root_scale=tensors.get("deviation_scale")
-            )
-            return cls(tensors["mean"], covariance, own, metadata.get("provenance"))
-        except (ShapeError, TypeError, NonFiniteError) as error:
-            raise CheckpointError(f"{name} contradicts itself: {error}") from error
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, Any],
+        layout: ParameterLayout | None,
+        provenance: Mapping[str, Any],
+    ) -> Self:
+        """Return the posterior of :meth:`to_state`."""
+        mean, diag, deviations, mix = required(tensors, "mean", "diag", "deviations", "mix")
+        for key, tensor in (("diag", diag), ("mix", mix)):
+            bad = first_unusable(tensor.reshape(-1), float("inf"))
+            if bad is not None or (key == "diag" and bool((tensor < 0).any())):
+                raise NonFiniteError(f"{key} holds negative or non-finite numbers.")
+        covariance = LowRankPlusDiagLinearOperator(deviations.mT, diag, mix, root_scale=tensors.get("deviation_scale"))
+        return cls(mean, covariance, layout, provenance)
 
     @classmethod
     def from_swa_gaussian(
@@ -326,33 +326,48 @@ class GaussianPosterior:
         return cls(law.mean, covariance, law.layout, {**law.provenance, "scale": scale})
 
 
-def kl_divergence(p: GaussianPosterior, q: GaussianPosterior) -> Tensor:
+@singledispatch
+def kl_divergence(p: Any, q: Any) -> Tensor:
     """Return KL(p || q) exactly, a float64 scalar [nat].
 
     Args:
-        p: A posterior.
-        q: Another over the same parameters.
+        p: A Gaussian posterior, or one of independent Gaussian blocks.
+        q: Another of the same class over the same parameters; blocks must have the same sizes.
 
     Raises:
         ShapeError: If the two are over different parameters; names the first that differs.
+        TypeError: If the two are of classes whose divergence has no closed form here.
 
-    Cost: O(D (K_p + K_q)²).
+    Cost: O(D (K_p + K_q)²) for Gaussians; the sum over its blocks for a :class:`BlockPosterior`.
     """
-    if p.layout is not None and q.layout is not None:
-        difference = _difference(p.layout, q.layout)
-        if difference is not None:
-            raise ShapeError(f"p and q are over different parameters: {difference}.")
+    raise TypeError(
+        "a KL divergence in closed form needs two GaussianPosteriors or two BlockPosteriors; "
+        f"got {type(p).__name__} and {type(q).__name__}."
+    )
+
+
+@kl_divergence.register
+def _gaussian_kl(p: GaussianPosterior, q: Any) -> Tensor:
+    if not isinstance(q, GaussianPosterior):
+        return _refuse_kl(p, q)
+    check_same_parameters(p, q)
     result: Tensor = torch.distributions.kl_divergence(p.distribution, q.distribution)
     return result
 
 
-def _difference(expected: ParameterLayout, found: ParameterLayout) -> str | None:
-    """Say where names or shapes differ first: a cast network and an untied copy have the same coordinates."""
-    plain = [replace(layout, dtypes=(torch.float32,) * len(layout.names), aliases=()) for layout in (expected, found)]
-    return plain[0].difference(plain[1])
+_refuse_kl = kl_divergence.dispatch(object)
 
 
-def _size(n: int | Sequence[int]) -> torch.Size:
+def check_same_parameters(p: StoredPosterior, q: StoredPosterior) -> None:
+    """Raise ShapeError if two posteriors have layouts that differ; names the first parameter that does."""
+    if p.layout is not None and q.layout is not None:
+        difference = layout_difference(p.layout, q.layout)
+        if difference is not None:
+            raise ShapeError(f"p and q are over different parameters: {difference}.")
+
+
+def sample_size(n: int | Sequence[int]) -> torch.Size:
+    """Return a number of draws, or a shape of them, as a shape."""
     if isinstance(n, int) and n < 0:
         raise ValueError(f"the number of draws must be >= 0; got {n}.")
     return torch.Size((n,) if isinstance(n, int) else n)
