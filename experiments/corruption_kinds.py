@@ -1,4 +1,4 @@
-"""What each corruption does to a batch of images; which ones there are, and how strong, is in `experiments.corruptions`.
+"""What each corruption does to a batch of images; which there are, and how strong, is in `experiments.corruptions`.
 
 Every function takes images (N, C, H, W), float32 in [0, 1], the parameters of one severity and a generator, and returns
 new images of the same shape, whose pixels may lie outside [0, 1]. All images of a batch are corrupted at once, each

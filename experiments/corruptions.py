@@ -120,8 +120,8 @@ def corrupt(images: Tensor, name: str, severity: int, generator: torch.Generator
 
     Example:
         >>> image = torch.full((1, 2, 2, 1), 100, dtype=torch.uint8)
-        >>> corrupt(image, "brightness", 5, torch.Generator()).unique()  # 0.3 of 255 brighter
-        tensor([176], dtype=torch.uint8)
+        >>> corrupt(image, "brightness", 4, torch.Generator()).unique()  # a fifth of 255 brighter
+        tensor([151], dtype=torch.uint8)
     """
     if name not in CORRUPTIONS:
         known = ", ".join(closest_first(name, CORRUPTIONS))
@@ -168,12 +168,12 @@ def read_images(folder: Path, name: str, severity: int) -> InMemory:
     path, published = folder / file_name(name, severity), folder / f"{name}.npy"
     try:
         if path.is_file() or not published.is_file():
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
                 images, labels = file["data"], file["labels"]
         else:
             path = published
             arrays = (np.load(file, mmap_mode="r", allow_pickle=False) for file in (path, folder / "labels.npy"))
-            images, labels = (_of_severity(array, severity) for array in arrays)
+            images, labels = (_of_severity(array, severity).copy() for array in arrays)
     except FileNotFoundError as error:
         raise SettingsError(f"there is no {error.filename}; python -m experiments.corrupt makes it") from None
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
@@ -186,7 +186,7 @@ def read_images(folder: Path, name: str, severity: int) -> InMemory:
         raise SettingsError(
             f"{path}: expected {len(images)} labels, integers from 0; got {labels.dtype} of {labels.shape}"
         )
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     targets = torch.from_numpy(labels.astype(np.int64))
     return InMemory(pixels, targets, tuple(map(str, range(int(targets.max()) + 1))))
 
