@@ -1,0 +1,1 @@
+"""Curvature of a network's loss: Fisher information as sums over a data set."""

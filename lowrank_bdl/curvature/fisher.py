@@ -1,0 +1,260 @@
+"""One pass over a data set that sums its log-likelihood and the parts of the Fisher matrix that are asked for."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lowrank_bdl.curvature.diagonal_fisher import (
+    ExampleDiagonal,
+    LayerDiagonal,
+    layer_chunks,
+    layer_example_gradients,
+)
+from lowrank_bdl.curvature.kronecker_factors import KroneckerCurvature, KroneckerFactors
+from lowrank_bdl.curvature.layers import Layer, LayerCall, find_layers, recorded
+from lowrank_bdl.curvature.scores import Labels, OutputLikelihood
+from lowrank_bdl.errors import NonFiniteError, ShapeError
+from lowrank_bdl.linalg.memory import require_memory
+from lowrank_bdl.parameters.functional import FunctionalModel, evaluation_mode, to_device
+from lowrank_bdl.parameters.layout import ParameterLayout
+
+_AGREEMENT = 1e-2
+"""Relative difference from automatic differentiation above which a layer's rule is not trusted: far above rounding in
+half precision, far below what a wrong use of the layer gives."""
+
+
+@dataclass(frozen=True)
+class FisherSums:
+    """Sums over a data set.
+
+    Attributes:
+        num_data: Number of examples N.
+        log_likelihood: Sum of log p(y | f) over them, all constants included [nat].
+        kronecker: Name of a layer's weight to its Kronecker-factored curvature (which covers its bias as well).
+        diagonal: Parameter name to its diagonal Fisher, in the parameter's shape, float64.
+    """
+
+    num_data: int
+    log_likelihood: float
+    kronecker: dict[str, KroneckerCurvature]
+    diagonal: dict[str, Tensor]
+
+
+class _Accumulators:
+    """Which parameter is summed how, and the sums."""
+
+    def __init__(
+        self,
+        network: FunctionalModel,
+        weights: Mapping[str, Tensor],
+        trusted: Sequence[Layer],
+        kronecker: bool,
+        diagonal: bool,
+    ) -> None:
+        blocks = [_with_adjacent_bias(layer, network.layout) for layer in trusted if kronecker and layer.is_matrix]
+        self.kronecker = {layer.name: KroneckerFactors(layer) for layer in blocks if layer.weight is not None}
+        covered = {name for factors in self.kronecker.values() for name in factors.layer.parameters}
+        left = [name for name in network.layout.names if name not in covered] if diagonal else []
+        num_bytes = 8 * sum(weights[name].numel() for name in left)
+        require_memory(num_bytes, next(iter(weights.values())).device, "a diagonal Fisher matrix")
+        self.layers: dict[str, LayerDiagonal] = {}
+        for layer in trusted:
+            own = [name if name in left else None for name in (layer.weight, layer.bias)]
+            part = Layer(layer.name, layer.module, *own)
+            if part.parameters:
+                self.layers[layer.name] = LayerDiagonal(part)
+                left = [name for name in left if name not in part.parameters]
+        self.examples = ExampleDiagonal(network.stateless, weights, left) if left else None
+        self.recorded = {layer.name: layer for layer in trusted if layer.name in {**self.kronecker, **self.layers}}
+
+    def add_inputs(self, calls: Mapping[str, Sequence[LayerCall]]) -> None:
+        for name, factors in self.kronecker.items():
+            factors.add_inputs(calls[name])
+
+    def add_scores(
+        self,
+        inputs: Any,
+        scores: Tensor,
+        calls: Mapping[str, Sequence[LayerCall]],
+        gradients: Mapping[str, Sequence[Tensor]],
+    ) -> None:
+        for name, factors in self.kronecker.items():
+            factors.add_gradients(gradients[name])
+        for name, layer in self.layers.items():
+            layer.add(calls[name], gradients[name])
+        if self.examples is not None:
+            self.examples.add(inputs, scores)
+
+    def sums(self, num_data: int, log_likelihood: float) -> FisherSums:
+        kronecker = {}
+        for factors in self.kronecker.values():
+            assert factors.layer.weight is not None
+            kronecker[factors.layer.weight] = factors.decompose()
+        diagonal = {} if self.examples is None else dict(self.examples.sums)
+        for layer in self.layers.values():
+            diagonal.update(layer.sums)
+        for name, values in diagonal.items():
+            if not bool(values.isfinite().all()):
+                raise NonFiniteError(f"Parameter {name!r} must have finite gradients; its sum of squares is not.")
+        return FisherSums(num_data, log_likelihood, kronecker, diagonal)
+
+
+def fisher_sums(
+    model: nn.Module,
+    theta: Tensor,
+    layout: ParameterLayout,
+    loader: Iterable[Any],
+    likelihood: OutputLikelihood,
+    labels: Labels,
+    *,
+    kronecker: bool,
+    diagonal: bool,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> FisherSums:
+    """Sum log-likelihood and Fisher information over a data set, at given weights, in one pass.
+
+    The network runs in evaluation mode with batch-norm statistics as stored, and is not changed. Every example counts
+    once, by its own gradient: batches of any sizes give the same sums. Fully connected, convolution and batch-norm
+    layers take their gradients from what passes through them; that this is the whole gradient is checked on the first
+    batch against automatic differentiation, and a layer whose weight is also used elsewhere is summed like all other
+    parameters, by one backward pass an example.
+
+    Args:
+        model: The network.
+        theta: Its weights, shape ``(D,)``.
+        layout: What θ holds.
+        loader: Batches ``(x, y)``.
+        likelihood: Of the outputs.
+        labels: Which labels the Fisher is made of; see `scores`.
+        kronecker: Kronecker factors for fully connected and convolution layers.
+        diagonal: Diagonals for the parameters that these do not cover.
+        generator: Source of the sampled labels.
+        progress: Show a progress bar.
+
+    Returns:
+        The sums.
+
+    Raises:
+        ShapeError: If the loader is empty, or a batch is not ``(x, y)`` or does not fit the likelihood.
+        NonFiniteError: If an output, the log-likelihood or a sum is not finite.
+        MemoryLimitError: If the sums do not fit the free memory, before anything is computed.
+
+    Cost: one forward and backward pass over the data (``"expected"``: a backward pass an output); memory of one pass
+    and the float64 sums.
+    """
+    network = FunctionalModel(model, layout)
+    weights = {name: value.detach().clone().requires_grad_() for name, value in network.named(theta).items()}
+    layers = find_layers(model, layout)
+    sums: _Accumulators | None = None
+    num_data, total = 0, 0.0
+    with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
+        for number, batch in enumerate(tqdm(loader, desc="Fisher information", unit="batch", disable=not progress)):
+            inputs, targets = _split(batch, network.stateless.device)
+            if sums is None:
+                trusted = _trusted(network, weights, layers, inputs)
+                sums = _Accumulators(network, weights, trusted, kronecker, diagonal)
+            with recorded(sums.recorded) as calls:
+                raw = network.stateless(weights, inputs)
+            outputs, targets = likelihood.check(raw, targets)
+            if not outputs.requires_grad:
+                raise ShapeError(f"The output must depend on the {len(layout.names)} parameters given; it does not.")
+            _require_finite(outputs, number)
+            value = likelihood.log_likelihood(outputs, targets).item()
+            if not abs(value) < float("inf"):
+                raise NonFiniteError(f"The log-likelihood must be finite; got {value} in batch {number}.")
+            num_data, total = num_data + len(outputs), total + value
+            sums.add_inputs(calls)
+            for scores in likelihood.scores(outputs, targets, labels, generator):
+                sums.add_scores(inputs, scores, calls, _output_gradients(outputs, scores, calls))
+        if sums is None or not num_data:
+            raise ShapeError("The loader must give at least one example; got none (an exhausted iterator?).")
+        return sums.sums(num_data, total)
+
+
+def _split(batch: Any, device: torch.device | None) -> tuple[Any, Any]:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        form = type(batch).__name__ + (f" of {len(batch)} entries" if isinstance(batch, (tuple, list, dict)) else "")
+        raise ShapeError(f"A batch must be (x, y): a Fisher matrix needs targets; got {form}.")
+    inputs, targets = batch if device is None else (to_device(part, device) for part in batch)
+    return inputs, targets
+
+
+def _require_finite(outputs: Tensor, number: int) -> None:
+    if not bool(outputs.detach().isfinite().all()):
+        raise NonFiniteError(f"The network's outputs must be finite; got NaN or infinite ones in batch {number}.")
+
+
+def _with_adjacent_bias(layer: Layer, layout: ParameterLayout) -> Layer:
+    """Drop the bias unless it follows the weight in the layout: a block covers consecutive coordinates."""
+    if layer.weight is None or layer.bias is None:
+        return layer
+    joint = layout.slices[layer.weight].stop == layout.slices[layer.bias].start
+    return layer if joint else Layer(layer.name, layer.module, layer.weight, None)
+
+
+def _output_gradients(
+    outputs: Tensor, scores: Tensor, calls: Mapping[str, Sequence[LayerCall]]
+) -> dict[str, list[Tensor]]:
+    """Return layer name to the gradient of ``sum(outputs * scores)`` with respect to the output of each call."""
+    flat = [call.output for each in calls.values() for call in each]
+    found = torch.autograd.grad(outputs, flat, scores, retain_graph=True, allow_unused=True) if flat else ()
+    gradients = iter(
+        torch.zeros_like(output) if gradient is None else gradient for output, gradient in zip(flat, found, strict=True)
+    )
+    return {name: [next(gradients) for _ in each] for name, each in calls.items()}
+
+
+def _trusted(
+    network: FunctionalModel, weights: Mapping[str, Tensor], layers: Sequence[Layer], inputs: Any
+) -> list[Layer]:
+    """Return the layers whose rule gives the gradient that automatic differentiation gives, on one batch.
+
+    Half of the examples get a zero score: a layer that has another axis first, mixing examples, would show gradients
+    where there are none.
+    """
+    by_name = {layer.name: layer for layer in layers}
+    with recorded(by_name) as calls:
+        outputs = network.stateless(weights, inputs)
+    if not isinstance(outputs, Tensor) or not outputs.requires_grad or not outputs.is_floating_point():
+        return []  # the likelihood will say what is wrong with it
+    _require_finite(outputs, 0)
+    size = len(outputs)
+    scores = torch.cos(torch.arange(outputs.numel(), device=outputs.device) + 1.0).view(outputs.shape).to(outputs.dtype)
+    kept = (size + 1) // 2
+    scores[kept:] = 0
+    gradients = _output_gradients(outputs, scores, calls)
+    usable = [layer for layer in layers if _well_formed(layer, calls[layer.name], gradients[layer.name], size, kept)]
+    names = [name for layer in usable for name in layer.parameters]
+    found = torch.autograd.grad(outputs, [weights[name] for name in names], scores, allow_unused=True) if names else ()
+    references = dict(zip(names, found, strict=True))
+    return [layer for layer in usable if _agrees(layer, calls[layer.name], gradients[layer.name], references)]
+
+
+def _agrees(
+    layer: Layer,
+    calls: Sequence[LayerCall],
+    gradients: Sequence[Tensor],
+    references: Mapping[str, Tensor | None],
+) -> bool:
+    sums: dict[str, Tensor] = {}
+    for part in layer_chunks(layer, gradients):
+        for name, value in layer_example_gradients(layer, calls, gradients, part).items():
+            sums[name] = sums[name] + value.sum(0) if name in sums else value.sum(0)
+    for name, value in sums.items():
+        reference = references[name]
+        if reference is None or not bool((value - reference).norm() <= _AGREEMENT * reference.norm()):
+            return False
+    return True
+
+
+def _well_formed(layer: Layer, calls: Sequence[LayerCall], gradients: Sequence[Tensor], size: int, kept: int) -> bool:
+    axes = 4 if isinstance(layer.module, nn.Conv2d) else 2
+    return bool(calls) and all(
+        call.inputs.ndim >= axes and len(call.inputs) == size and not bool(gradient[kept:].any())
+        for call, gradient in zip(calls, gradients, strict=True)
+    )
