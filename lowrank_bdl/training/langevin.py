@@ -114,7 +114,7 @@ class _Langevin(Optimizer):
             raise ValueError(f"{having[0]} has a generator of its own and {having[1]} has not.")
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "generator"})
         if self.generator is not None:
-            self.generator.set_state(state_dict["generator"].cpu())
+            self.generator.set_state(state_dict["generator"].to("cpu"))  # where states live, whatever the device
 
 
 class SGLD(_Langevin):

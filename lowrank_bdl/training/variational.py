@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import softplus
 
-from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
 from lowrank_bdl.posteriors.gaussian import GaussianPosterior
@@ -139,5 +138,5 @@ class MeanFieldModel(nn.Module):
         named = self._named()
         mean = self.layout.flatten({name: mean for name, mean, _ in named})
         variance = self.layout.flatten({name: std for name, _, std in named}).square_()
-        covariance = LowRankPlusDiagLinearOperator(mean.new_zeros(self.layout.numel, 0), variance)
-        return GaussianPosterior(mean, covariance, self.layout, {"method": "mean-field variational inference"})
+        provenance = {"method": "mean-field variational inference"}
+        return GaussianPosterior.diagonal(mean, variance, self.layout, provenance)
