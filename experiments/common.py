@@ -278,11 +278,13 @@ def fixed(settings: Any) -> dict[str, Any]:
 
 
 def differences(settings: Any, old: Mapping[str, Any]) -> str:
-    """Name the settings that a resumed run must not change, with their values before and now; "" if there are none."""
+    """Name the settings that a resumed run must not change, with their values before and now; "" if there are none.
+
+    A setting that an old record does not know had its default then.
+    """
+    known = {field.name: field.default for field in dataclasses.fields(settings)} | dict(old)
     return "; ".join(
-        f"{name} was {old.get(name)!r}, now {value!r}"
-        for name, value in fixed(settings).items()
-        if old.get(name) != value
+        f"{name} was {known[name]!r}, now {value!r}" for name, value in fixed(settings).items() if known[name] != value
     )
 
 

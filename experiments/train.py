@@ -6,10 +6,15 @@ SWAG-Diag  a Gaussian around that mean with the iterates' variances (scale 1, ra
 SWAG       the same with --max_num_models deviations in its covariance (--cov_mat, --scale)
 EMA        an exponential average of every iterate (--ema)
 Polyak     the equal average of every iterate from --swa_start on (--polyak)
+Snapshots  an ensemble of the collected iterates themselves (--snapshots)
+SGLD, SGHMC  the last iterate of a chain whose iterates are draws from the posterior (--optimizer); the collected
+           ones, after --swa_start, are the sample (--snapshots), SWA is their mean
+mean, MFVI   mean-field variational inference (--vi): the network at the mean, and draws
 
-Batch-norm statistics are recomputed from training images for every set of weights. The report is on the test images
-with --use_test, else on the validation images held out of the training images (the last 5,000); nothing is chosen on
-either. A run that was killed goes on with --resume auto and ends with the same numbers.
+Batch-norm statistics are recomputed from training images, augmented as they were trained on, for every set of weights.
+The report is on the test images with --use_test, else on the validation images held out of the training images (the
+last 5,000); nothing is chosen on either. A run that was killed goes on with --resume auto and ends with the same
+numbers.
 
 Examples:
   python -m experiments.train --dir runs/digits --dataset digits --model SmallConvNet --epochs 60 --batch_size 32
@@ -18,9 +23,15 @@ Examples:
       --epochs 50 --lr_init 0.05 --swa --swa_start 25 --swa_lr 0.01 --cov_mat --ema
   python -m experiments.train --dir runs/vgg16 --dataset CIFAR10 --data_path DATA_DIR --model VGG16 --use_test
       --epochs 300 --lr_init 0.05 --wd 5e-4 --swa --swa_start 161 --swa_lr 0.01 --cov_mat --resume auto
+  python -m experiments.train --dir runs/sgld --dataset digits --model SmallConvNet --epochs 20 --init_from runs/digits
+      --optimizer SGLD --lr_init 0.01 --no_schedule --swa --swa_start 5 --snapshots
+  python -m experiments.train --dir runs/vi --dataset digits --model SmallConvNet --epochs 20 --init_from runs/digits
+      --vi --vi_init_std 0.001 --lr_init 0.01
 
-Writes to --dir: checkpoint.safetensors, checkpoint-EPOCH.safetensors, posterior.safetensors, log.jsonl, training.png,
-reliability.png, results.json (last), settings.json, environment.json, command.sh
+Writes to --dir: checkpoint.safetensors, checkpoint-EPOCH.safetensors, posterior.safetensors (of --swa or --vi),
+snapshots.safetensors (of --snapshots), weights.safetensors (every weight vector that is compared, and the buffers of
+the last iterate; see experiments.train_weights), log.jsonl, training.png, reliability.png, results.json (last),
+settings.json, environment.json, command.sh
 """
 
 import sys
@@ -35,18 +46,21 @@ import lowrank_bdl as lb
 from experiments.common import RunDir, SettingsError, parse_settings, resolve_device, run_script
 from experiments.datasets import Datasets, load_dataset
 from experiments.evaluation import validate
-from experiments.train_report import report, weight_sources
+from experiments.train_report import report, weight_sources, weights_of
 from experiments.train_settings import Settings, check, identity
-from experiments.train_setup import make_trainer, training_batches, try_model
+from experiments.train_setup import bn_images, make_trainer, network, training_batches, try_model
+from experiments.train_weights import WEIGHTS, read_start, write_weights
 from lowrank_bdl.training import checkpoints
 from lowrank_bdl.training.trainer import Record, Trainer
 
 PROG = "python -m experiments.train"
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT, POSTERIOR, SNAPSHOTS = "checkpoint.safetensors", "posterior.safetensors", "snapshots.safetensors"
 OUTPUTS = (
     "results.json",
     "log.jsonl",
-    "posterior.safetensors",
+    POSTERIOR,
+    SNAPSHOTS,
+    WEIGHTS,
     "checkpoint*.safetensors",
     "training.png",
     "reliability.png",
@@ -84,27 +98,41 @@ def load_data(settings: Settings, device: torch.device) -> Datasets:
     )
 
 
-def restore(settings: Settings, trainer: Trainer, path: Path | None) -> None:
-    """Load the checkpoint, and the collected weights of --swa_resume; nothing is written."""
-    if settings.swa_resume is not None and path is None:
-        try:
-            state, _, _ = checkpoints.read(settings.swa_resume)
-            trainer.collections["swag"].collector.load_state_dict(state["collections"]["swag"])
-        except (lb.CheckpointError, RuntimeError, KeyError, OSError) as error:
-            raise SettingsError(f"--swa_resume {settings.swa_resume}: {' '.join(str(error).split())}") from None
+def restore(settings: Settings, trainer: Trainer, path: Path | None) -> dict[str, Any]:
+    """Put the trainer where it starts: at --init_from, --swa_resume or the checkpoint; nothing is written.
+
+    Returns:
+        What checkpoints are compared by: settings, and the start weights by their content, wherever they lie.
+    """
+    facts = identity(settings)
+    if settings.init_from is not None:
+        start = read_start(settings.init_from, network(trainer))
+        start.load_into_(network(trainer), start.start)
+        facts["init_from"] = start.digest()
     if path is None:
-        return
+        carry_over(settings, trainer)
+        return facts
     try:
-        trainer.load(path, identity(settings))
+        trainer.load(path, facts)
     except (lb.CheckpointError, OSError) as error:
         raise SettingsError(f"--resume: {' '.join(str(error).split())}") from None
     if trainer.epoch > settings.epochs:
         raise SettingsError(f"--epochs {settings.epochs}: {path} has done {trainer.epoch} already")
+    return facts
 
 
-def bn_images(settings: Settings, data: Datasets) -> Any:
-    """Return the images that batch norm is recalibrated on."""
-    return data.train if settings.bn_size is None else data.train.first(min(settings.bn_size, len(data.train)))
+def carry_over(settings: Settings, trainer: Trainer) -> None:
+    """Load the collected weights of --swa_resume."""
+    if settings.swa_resume is None:
+        return
+    try:
+        state, _, _ = checkpoints.read(settings.swa_resume)
+        for name in ("swag", "snapshots") if settings.snapshots else ("swag",):
+            if name not in state["collections"]:
+                raise SettingsError(f"--swa_resume {settings.swa_resume}: it has not collected {name}")
+            trainer.collections[name].collector.load_state_dict(state["collections"][name])
+    except (lb.CheckpointError, RuntimeError, KeyError, OSError) as error:
+        raise SettingsError(f"--swa_resume {settings.swa_resume}: {' '.join(str(error).split())}") from None
 
 
 def held_out(data: Datasets) -> Any:
@@ -112,7 +140,7 @@ def held_out(data: Datasets) -> Any:
     return data.test if data.validation is None else data.validation
 
 
-def train(settings: Settings, run: RunDir, trainer: Trainer, data: Datasets) -> None:
+def train(settings: Settings, run: RunDir, trainer: Trainer, data: Datasets, facts: dict[str, Any]) -> None:
     """Train to the last epoch: a line in log.jsonl for each, a checkpoint every --checkpoint_freq."""
     run.write_log(trainer.history)
     began = time.perf_counter()
@@ -137,7 +165,7 @@ def train(settings: Settings, run: RunDir, trainer: Trainer, data: Datasets) -> 
         checkpoint=run.path / CHECKPOINT,
         save_every=settings.checkpoint_freq,
         keep_every=settings.save_freq,
-        settings=identity(settings),
+        settings=facts,
         description=settings.model,
     )
 
@@ -157,12 +185,17 @@ def evaluate_weights(
     return {"nll": prediction.nll, "accuracy": prediction.accuracy}
 
 
-def experiment(settings: Settings, data: Datasets, run: RunDir, trainer: Trainer) -> str:
+def experiment(settings: Settings, data: Datasets, run: RunDir, trainer: Trainer, facts: dict[str, Any]) -> str:
     """Train, evaluate, draw, and write results.json last; return the table."""
-    train(settings, run, trainer, data)
+    train(settings, run, trainer, data, facts)
     sources = weight_sources(settings, trainer)
-    if settings.swa:
-        sources.get("SWAG", sources["SWAG-Diag"]).save(run.path / "posterior.safetensors")
+    for name in ("MFVI", "SWAG", "SWAG-Diag"):
+        if name in sources:
+            sources[name].save(run.path / POSTERIOR)
+            break
+    if "Snapshots" in sources:
+        sources["Snapshots"].save(run.path / SNAPSHOTS)
+    write_weights(run.path / WEIGHTS, weights_of(trainer, sources))
     return report(settings, run, trainer, data, sources, bn_images(settings, data))
 
 
@@ -175,9 +208,9 @@ def work(settings: Settings) -> str:
     data = load_data(settings, device)
     trainer = make_trainer(settings, data, device)
     try_model(trainer, data)
-    restore(settings, trainer, path)
+    facts = restore(settings, trainer, path)
     run.begin()
-    return f"{experiment(settings, data, run, trainer)}\n\nwritten to {run.path}"
+    return f"{experiment(settings, data, run, trainer, facts)}\n\nwritten to {run.path}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,16 +4,19 @@ import dataclasses
 import time
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import lowrank_bdl as lb
 from experiments import plots
 from experiments.common import RunDir, format_table
 from experiments.datasets import Datasets
 from experiments.evaluation import Evaluation, evaluate_method
-from experiments.train_settings import Settings
+from experiments.train_settings import Settings, prior_std
+from experiments.train_setup import network
+from experiments.train_weights import FinalWeights, final_weights
 from lowrank_bdl.training import averages
 from lowrank_bdl.training.trainer import Trainer
+from lowrank_bdl.training.variational import MeanFieldModel
 
 COLUMNS = {
     "accuracy": ("accuracy %", 100, 2),
@@ -23,27 +26,42 @@ COLUMNS = {
 }
 
 
+OF_SWAG = ("SWA", "SWAG-Diag", "SWAG", "Snapshots")
+
+
 def weight_sources(settings: Settings, trainer: Trainer) -> dict[str, Any]:
-    """Return what is compared, by name: weight vectors (D,) and posteriors."""
-    found: dict[str, Any] = {settings.optimizer: lb.ParameterLayout.from_module(trainer.model).flatten(trainer.model)}
+    """Return what is compared, by name: weight vectors (D,) and posteriors; the last iterate comes first."""
+    model = network(trainer)
+    last = lb.ParameterLayout.from_module(model).flatten(model)
+    if isinstance(trainer.model, MeanFieldModel):
+        return {"mean": last, "MFVI": trainer.model.posterior()}
+    found: dict[str, Any] = {settings.optimizer: last}
     swag = trainer.collections["swag"].collector if settings.swa else None
     if isinstance(swag, lb.SWAG):
         found["SWA"] = swag.mean
         found["SWAG-Diag"] = swag.posterior(scale=1.0, rank=0)
         if settings.rank:
             found["SWAG"] = swag.posterior(scale=settings.scale)
+    if settings.snapshots:
+        found["Snapshots"] = trainer.collections["snapshots"].collector.posterior()  # type: ignore[attr-defined]
     for name, key in (("EMA", "ema"), ("Polyak", "polyak")):
         if key in trainer.collections:
             found[name] = averages.weights(trainer.collections[key].collector)  # type: ignore[arg-type]
     return found
 
 
-def layout_of(trainer: Trainer, weights: Any, name: str) -> lb.ParameterLayout | None:
+def layout_of(trainer: Trainer, name: str) -> lb.ParameterLayout | None:
     """Return what a method's weight vectors hold: with --include those of SWA and SWAG are shorter."""
-    if name in ("SWA", "SWAG-Diag", "SWAG"):
+    if name in OF_SWAG:
         layout: lb.ParameterLayout = trainer.collections["swag"].collector.layout  # type: ignore[attr-defined]
         return layout
     return None
+
+
+def weights_of(trainer: Trainer, sources: dict[str, Any]) -> FinalWeights:
+    """Return the weight vectors among what is compared, each of the whole network."""
+    vectors = {name: weights for name, weights in sources.items() if isinstance(weights, Tensor)}
+    return final_weights(network(trainer), vectors, {name: layout_of(trainer, name) for name in vectors})
 
 
 def report(
@@ -55,13 +73,13 @@ def report(
     shown = "test" if "test" in splits else "validation"
     evaluations = {
         name: evaluate_method(
-            trainer.model,
+            network(trainer),
             weights,
             splits,
             bn_images,
             num_samples=settings.num_samples,
             seed=settings.seed,
-            layout=layout_of(trainer, weights, name),
+            layout=layout_of(trainer, name),
         )
         for name, weights in sources.items()
     }
@@ -74,8 +92,9 @@ def report(
             "settings": dataclasses.asdict(settings),
             "images": {"train": len(data.train), **{name: len(split) for name, split in splits.items()}},
             "data": data.facts,
-            "parameters": count_parameters(trainer.model),
+            "parameters": count_parameters(network(trainer)),
             "snapshots": swag.n_averaged if isinstance(swag, lb.SWAG) else 0,
+            "prior_std": prior_std(settings, len(data.train)),
             "reported_on": shown,
             "methods": {name: evaluation.metrics for name, evaluation in evaluations.items()},
             "final_epoch": {key: trainer.history[-1][key] for key in ("epoch", "lr", "loss", "accuracy")},
@@ -95,10 +114,11 @@ def count_parameters(model: nn.Module) -> int:
 def draw_figures(
     settings: Settings, run: RunDir, trainer: Trainer, evaluations: dict[str, Evaluation], shown: str
 ) -> None:
-    """Write the learning curves and the reliability diagram."""
+    """Write the learning curves, of a variational run those of the NLL alone, and the reliability diagram."""
+    curves_of = [{**record, "loss": record.get("nll", record["loss"])} for record in trainer.history]
     plots.training_curves(
         run.path / "training.png",
-        {settings.model: (settings.optimizer, trainer.history)},
+        {settings.model: (settings.optimizer, curves_of)},
         settings.swa_start if settings.swa else None,
         "test" if settings.use_test else "validation",
     )
@@ -120,10 +140,11 @@ def table(settings: Settings, trainer: Trainer, data: Datasets, evaluations: dic
             for metric, (_, factor, digits) in COLUMNS.items()
         ]
         rows.append([name, *cells])
+    count = len(next(iter(evaluations.values())).targets[shown])
     title = (
-        f"{settings.model} ({count_parameters(trainer.model):,} parameters) on {settings.dataset}: "
+        f"{settings.model} ({count_parameters(network(trainer)):,} parameters) on {settings.dataset}: "
         f"{len(data.train):,} training images, {settings.epochs} epochs\n"
-        f"{len(evaluations[settings.optimizer].targets[shown]):,} {shown} images, ± standard error; "
+        f"{count:,} {shown} images, ± standard error; "
         f"{settings.num_samples} weight samples"
     )
     return f"{title}\n\n{format_table(['method', *(name for name, _, _ in COLUMNS.values())], rows)}"

@@ -3,14 +3,17 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from experiments.common import SettingsError, fixed, setting
 
-OPTIMIZERS = ("SGD", "Adam", "AdamW")
+SAMPLERS = ("SGLD", "SGHMC")
+OPTIMIZERS = ("SGD", "Adam", "AdamW", *SAMPLERS)
 SCHEDULES = ("swag", "step", "cosine", "cyclical")
 LOSSES = ("CE", "adv_CE")
 REQUIRED: Any = dataclasses.MISSING
+ADDED = ("snapshots", "temperature", "vi", "vi_init_std", "prior_std")
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,22 @@ class Settings:
     epochs: int = setting(
         200, "epochs to train; a resumed run may have more, unless its schedule depends on them", free=True
     )
-    optimizer: str = setting("SGD", "optimizer", choices=OPTIMIZERS)
+    optimizer: str = setting("SGD", "optimizer; SGLD and SGHMC draw samples from the posterior", choices=OPTIMIZERS)
     lr_init: float = setting(0.01, "learning rate of the first epochs")
-    momentum: float = setting(0.9, "momentum of SGD")
-    wd: float = setting(1e-4, "weight decay (decoupled for AdamW)")
+    momentum: float = setting(0.9, "momentum of SGD and SGHMC")
+    wd: float = setting(1e-4, "weight decay (decoupled for AdamW); the prior of SGLD, SGHMC and --vi")
+    temperature: float = setting(1.0, "temperature of SGLD, SGHMC and --vi: 1 is the posterior, less a colder one")
+    vi: bool = setting(False, "learn a mean and a standard deviation of every weight (mean-field VI)")
+    vi_init_std: float = setting(0.01, "standard deviation of every weight to begin with (--vi)")
+    prior_std: float | None = setting(
+        None,
+        "standard deviation of the prior (--vi; default: (wd x training images)^-1/2, what --wd means)",
+        kind=float,
+    )
+    init_from: str | None = setting(
+        None, "start from the final weights of the run in this folder: its SWA mean, or else its last iterate",
+        kind=str, free=True,
+    )  # fmt: skip
     prior_var: float | None = setting(None, "variance of a Gaussian prior, whose term is part of the loss", kind=float)
     loss: str = setting("CE", "cross entropy, or half of it on fast-gradient-sign perturbed images", choices=LOSSES)
     epsilon: float = setting(0.01, "size of these perturbations as a fraction of the range of the pixels")
@@ -55,6 +70,7 @@ class Settings:
     collects_per_epoch: int = setting(1, "snapshots in an epoch that has any")
     cov_mat: bool = setting(False, "keep deviations: SWAG; without them only SWAG-Diag")
     max_num_models: int = setting(20, "deviations kept")
+    snapshots: bool = setting(False, "also keep every snapshot, for an ensemble of them")
     include: str | None = setting(
         None, "collect only these parameters: name patterns, separated by commas (fc.*)", kind=str
     )
@@ -90,9 +106,14 @@ class Settings:
 
 
 def identity(settings: Settings) -> dict[str, Any]:
-    """Return the settings that a resumed run must share with its checkpoint."""
+    """Return the settings that a resumed run must share with its checkpoint.
+
+    Flags that checkpoints of earlier versions do not know are left out where they have their default.
+    """
     needs_epochs = not (settings.swa or settings.no_schedule)
-    return fixed(settings) | ({"epochs": settings.epochs} if needs_epochs else {})
+    values = fixed(settings) | ({"epochs": settings.epochs} if needs_epochs else {})
+    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+    return {name: value for name, value in values.items() if name not in ADDED or value != defaults[name]}
 
 
 def check(settings: Settings) -> Settings:
@@ -110,21 +131,51 @@ def check(settings: Settings) -> Settings:
         value = getattr(settings, name)
         if value is not None and not least <= value < math.inf:
             raise SettingsError(f"--{name} must be at least {least}; got {value}")
-    for name in ("lr_init", "swa_lr", "scale", "prior_var", "grad_clip"):
+    for name in ("lr_init", "swa_lr", "scale", "prior_var", "grad_clip", "temperature", "vi_init_std", "prior_std"):
         value = getattr(settings, name)
         if value is not None and not 0 < value < math.inf:
             raise SettingsError(f"--{name} must be positive; got {value}")
     if settings.ema_decay >= 1:
         raise SettingsError(f"--ema_decay must be less than 1; got {settings.ema_decay}")
+    _check_sampling(settings)
     if settings.swa:
         _check_collection(settings)
     else:
-        for name in ("cov_mat", "include", "swa_resume", "polyak"):
+        for name in ("cov_mat", "snapshots", "include", "swa_resume", "polyak"):
             if getattr(settings, name):
                 raise SettingsError(f"--{name} needs --swa, which collects weights")
         if settings.schedule == "cyclical" and not settings.no_schedule:
             raise SettingsError("--schedule cyclical needs --swa, which collects weights in the middle of each cycle")
     return settings
+
+
+def _check_sampling(settings: Settings) -> None:
+    sampler = settings.optimizer in SAMPLERS
+    if settings.optimizer == "SGHMC" and settings.momentum >= 1:
+        raise SettingsError(f"--momentum must be less than 1 for --optimizer SGHMC; got {settings.momentum}")
+    if settings.temperature != 1 and not (sampler or settings.vi):
+        raise SettingsError(f"--temperature needs --optimizer SGLD or SGHMC, or --vi; got {settings.temperature}")
+    if settings.init_from is not None and Path(settings.init_from).resolve() == Path(settings.dir).resolve():
+        raise SettingsError(f"--init_from and --dir must be two folders; got {settings.init_from} for both")
+    if not settings.vi:
+        if settings.prior_std is not None:
+            raise SettingsError("--prior_std needs --vi; the prior of other runs is --wd, or --prior_var")
+        return
+    if sampler:
+        raise SettingsError(f"--vi learns a posterior and --optimizer {settings.optimizer} samples one; choose either")
+    for name in ("swa", "ema", "polyak", "prior_var"):
+        if getattr(settings, name):
+            what = "has a prior of its own, --prior_std" if name == "prior_var" else "learns a posterior of its own"
+            raise SettingsError(f"--vi {what}, and cannot be used with --{name}")
+    if settings.prior_std is None and settings.wd == 0:
+        raise SettingsError("--vi needs a prior: --prior_std, or --wd to take it from")
+
+
+def prior_std(settings: Settings, num_data: int) -> float | None:
+    """Return the standard deviation of the prior of a --vi run; None for other runs."""
+    if not settings.vi:
+        return None
+    return settings.prior_std if settings.prior_std is not None else float((settings.wd * num_data) ** -0.5)
 
 
 def _check_collection(settings: Settings) -> None:

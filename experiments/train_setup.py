@@ -1,17 +1,22 @@
 """What a run of `experiments.train` is made of: network, optimizer, schedule, loss, collectors."""
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 import lowrank_bdl as lb
 from experiments.common import SettingsError
 from experiments.datasets import Datasets
 from experiments.models import build_model
-from experiments.train_settings import Settings, first_collection
-from experiments.training_data import TrainingBatches
+from experiments.train_settings import Settings, first_collection, prior_std
+from experiments.training_data import AsTrained, TrainingBatches
 from lowrank_bdl.training import averages, losses, schedules
 from lowrank_bdl.training.collection import Collection
+from lowrank_bdl.training.langevin import SGHMC, SGLD
 from lowrank_bdl.training.trainer import Trainer
+from lowrank_bdl.training.variational import MeanFieldModel
 
 # Largest shift [pixels], and whether images are flipped: photographs have no left and right, digits do.
 AUGMENTATION = {
@@ -28,12 +33,18 @@ def make_model(settings: Settings, data: Datasets, device: torch.device) -> nn.M
     return model.to(memory_format=torch.channels_last) if settings.channels_last else model
 
 
-def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(settings: Settings, model: nn.Module, num_data: int) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
+    # The prior of a variational run is in its loss. Noise comes from the global generators, which checkpoints hold.
+    common: dict[str, Any] = dict(lr=settings.lr_init, weight_decay=0.0 if settings.vi else settings.wd)
     if settings.optimizer == "SGD":
-        return torch.optim.SGD(parameters, lr=settings.lr_init, momentum=settings.momentum, weight_decay=settings.wd)
-    kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[settings.optimizer]
-    return kind(parameters, lr=settings.lr_init, weight_decay=settings.wd)
+        return torch.optim.SGD(parameters, momentum=settings.momentum, **common)
+    if settings.optimizer == "SGLD":
+        return SGLD(parameters, num_data=num_data, temperature=settings.temperature, **common)
+    if settings.optimizer == "SGHMC":
+        common |= dict(momentum=settings.momentum, temperature=settings.temperature)
+        return SGHMC(parameters, num_data=num_data, **common)
+    return (torch.optim.Adam if settings.optimizer == "Adam" else torch.optim.AdamW)(parameters, **common)
 
 
 def make_schedule(
@@ -74,7 +85,13 @@ def make_loss(settings: Settings, data: Datasets) -> losses.Loss:
         loss = losses.AdversarialCrossEntropy(low, high, settings.epsilon)
     if settings.prior_var is not None:
         loss = losses.GaussianPrior(loss, settings.prior_var, len(data.train))
-    return loss
+    prior = prior_std(settings, len(data.train))
+    return loss if prior is None else losses.ELBO(loss, len(data.train), prior, settings.temperature)
+
+
+def negative_log_likelihood(output: Tensor, targets: Tensor) -> Tensor:
+    """Mean NLL of a batch [nats], a metric of training."""
+    return cross_entropy(output.float(), targets)
 
 
 def make_collections(settings: Settings, model: nn.Module) -> dict[str, Collection]:
@@ -87,7 +104,10 @@ def make_collections(settings: Settings, model: nn.Module) -> dict[str, Collecti
             raise SettingsError(f"--include {settings.include}: {error}") from None
         except lb.MemoryLimitError as error:
             raise SettingsError(f"--max_num_models {settings.max_num_models}: {error}") from None
-        found["swag"] = Collection(swag, first_collection(settings), settings.swa_c_epochs, settings.collects_per_epoch)
+        moments = first_collection(settings), settings.swa_c_epochs, settings.collects_per_epoch
+        found["swag"] = Collection(swag, *moments)
+        if settings.snapshots:
+            found["snapshots"] = Collection(lb.WeightSnapshots(model, include=include), *moments)
     if settings.ema:
         found["ema"] = Collection(averages.ema(model, settings.ema_decay), per_epoch=None)
     if settings.polyak:
@@ -97,7 +117,9 @@ def make_collections(settings: Settings, model: nn.Module) -> dict[str, Collecti
 
 def make_trainer(settings: Settings, data: Datasets, device: torch.device) -> Trainer:
     model = make_model(settings, data, device)
-    optimizer = make_optimizer(settings, model)
+    if settings.vi:
+        model = MeanFieldModel(model, init_std=settings.vi_init_std)
+    optimizer = make_optimizer(settings, model, len(data.train))
     steps_per_epoch = -(-len(data.train) // settings.batch_size)
     schedule = make_schedule(settings, optimizer, steps_per_epoch)
     return Trainer(
@@ -107,12 +129,18 @@ def make_trainer(settings: Settings, data: Datasets, device: torch.device) -> Tr
         schedule=schedule,
         step_every="batch" if isinstance(schedule, schedules.ThenLR) else "epoch",
         collections=make_collections(settings, model),
-        metrics={"accuracy": losses.accuracy},
+        # the loss of a variational run is mostly its divergence from the prior
+        metrics={"accuracy": losses.accuracy} | ({"nll": negative_log_likelihood} if settings.vi else {}),
         seed=settings.seed,
         clip_grad_norm=settings.grad_clip,
         autocast={"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[settings.amp],
         memory_format=torch.channels_last if settings.channels_last else None,
     )
+
+
+def network(trainer: Trainer) -> nn.Module:
+    """Return the network that a trainer trains: in a variational run it is at the mean, and inside the model."""
+    return trainer.model.model if isinstance(trainer.model, MeanFieldModel) else trainer.model
 
 
 def try_model(trainer: Trainer, data: Datasets) -> None:
@@ -129,8 +157,18 @@ def try_model(trainer: Trainer, data: Datasets) -> None:
         raise SettingsError(f"--model gives {tuple(shape)} for {len(inputs)} images of {data.num_classes} classes")
 
 
+def augmentation(settings: Settings) -> tuple[int, bool]:
+    """Return the largest shift of the training images [pixels], and whether they are flipped."""
+    known = settings.augment == "standard" and settings.dataset in AUGMENTATION
+    return AUGMENTATION[settings.dataset] if known else (0, False)
+
+
 def training_batches(settings: Settings, data: Datasets, generator: torch.Generator) -> TrainingBatches:
     """Return one epoch's batches; all that is random in them comes from the generator."""
-    known = settings.augment == "standard" and settings.dataset in AUGMENTATION
-    shift, flip = AUGMENTATION[settings.dataset] if known else (0, False)
-    return TrainingBatches(data, settings.batch_size, generator, shift, flip)
+    return TrainingBatches(data, settings.batch_size, generator, *augmentation(settings))
+
+
+def bn_images(settings: Settings, data: Datasets) -> AsTrained:
+    """Return the images that batch norm is recalibrated on: augmented as they were trained on."""
+    images = data.train if settings.bn_size is None else data.train.first(min(settings.bn_size, len(data.train)))
+    return AsTrained(images, *augmentation(settings), data.black)
