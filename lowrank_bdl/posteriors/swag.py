@@ -8,21 +8,22 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from lowrank_bdl.errors import NonFiniteError
 from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.memory import require_memory
-from lowrank_bdl.linalg.moments import StreamingMoments, first_unusable
+from lowrank_bdl.linalg.moments import StreamingMoments
 from lowrank_bdl.linalg.ring_buffer import DeviationBuffer
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.memory_estimates import estimate_memory
 from lowrank_bdl.parameters.selection import Selector
+from lowrank_bdl.posteriors.blocks import BlockPosterior
 from lowrank_bdl.posteriors.gaussian import GaussianPosterior
+from lowrank_bdl.posteriors.iterates import flatten_finite
 
 CENTERINGS = ("running", "final")
 
@@ -194,16 +195,7 @@ class SWAG(nn.Module):
 
     def _flatten(self, model: nn.Module) -> Tensor:
         """Return the model's weights as a new vector, every entry usable."""
-        theta = self.layout.flatten(model, out=torch.empty_like(self.shift))
-        bad = first_unusable(theta, self._moments().bound)
-        if bad is not None:
-            name = self.layout.name_of(bad)
-            entry = bad - self.layout.slices[name].start
-            raise NonFiniteError(
-                f"expected finite weights below {self._moments().bound:.1e} in magnitude; parameter {name!r} has "
-                f"{theta[bad].item()} at flat index {entry}. The collector is unchanged."
-            )
-        return theta
+        return flatten_finite(self.layout, model, self._moments().bound, out=torch.empty_like(self.shift))
 
     def _moments(self) -> StreamingMoments:
         names = ("shift", "offset", "sum_sq", "count", "prior_count")
@@ -248,7 +240,24 @@ class SWAG(nn.Module):
         """Stored deviations from the running mean, oldest first, decoded: a copy, shape ``(rows, D)`` [parameter]."""
         return self._buffer().rows()
 
-    def posterior(self, scale: float = 0.5, rank: int | None = None, copy: bool = False) -> GaussianPosterior:
+    @overload
+    def posterior(
+        self, scale: float = ..., rank: int | None = ..., copy: bool = ..., blockwise: Literal[False] = ...
+    ) -> GaussianPosterior: ...
+
+    @overload
+    def posterior(
+        self, scale: float = ..., rank: int | None = ..., copy: bool = ..., *, blockwise: Literal[True]
+    ) -> BlockPosterior: ...
+
+    @overload
+    def posterior(
+        self, scale: float = ..., rank: int | None = ..., copy: bool = ..., *, blockwise: bool
+    ) -> GaussianPosterior | BlockPosterior: ...
+
+    def posterior(
+        self, scale: float = 0.5, rank: int | None = None, copy: bool = False, blockwise: bool = False
+    ) -> GaussianPosterior | BlockPosterior:
         """Return the Gaussian over the weights.
 
         Args:
@@ -256,9 +265,13 @@ class SWAG(nn.Module):
             rank: How many of the newest deviations to use, at most the collector's; None uses all of them.
             copy: Own the deviations. Otherwise they are shared, and every use of the posterior after the next update
                 of this collector raises StaleError.
+            blockwise: Draw the low-rank part of each parameter tensor independently of the others, as the paper's
+                released code does on request: the block-diagonal part of the covariance. ``scale`` multiplies the
+                variance here too (there it multiplies the standard deviation).
 
         Returns:
-            A posterior whose covariance is a ``LowRankPlusDiagLinearOperator``.
+            A posterior whose covariance is a ``LowRankPlusDiagLinearOperator``; with ``blockwise``, a
+            :class:`BlockPosterior` of one such block a parameter tensor, views of the same deviations.
 
         Raises:
             ValueError: If ``scale`` is not a positive number, ``rank`` is negative or more than the collector's, or
@@ -303,7 +316,8 @@ class SWAG(nn.Module):
                 "correction": self.correction,
             }
             mean = moments.mean
-        return GaussianPosterior(mean, covariance if copy else covariance.pin(), self.layout, provenance)
+        posterior = GaussianPosterior(mean, covariance if copy else covariance.pin(), self.layout, provenance)
+        return BlockPosterior.from_joint(posterior) if blockwise else posterior
 
     def _window(self, buffer: DeviationBuffer, rows: int, last: int) -> tuple[slice, Tensor]:
         """Return which storage rows to share, and the float64 mix that makes the newest ``rows`` deviations of them.
