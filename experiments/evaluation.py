@@ -154,7 +154,7 @@ def predict_splits(
         model: The network; weights that the layout leaves out are its own.
         weights: A posterior, or given weights (D,) or (S, D).
         labelled: Images of the network's classes, by name.
-        bn_images: What batch norm is recalibrated on: training images, without augmentation.
+        bn_images: What batch norm is recalibrated on: training images, augmented as they were trained on.
         foreign: Images of other classes, by name.
         num_samples: Weight samples of a posterior.
         seed: Seed of the weight samples.

@@ -53,7 +53,7 @@ from experiments.evaluation import (
     validate,
 )
 from experiments.models import SmallConvNet
-from experiments.training_data import TrainingBatches
+from experiments.training_data import AsTrained, TrainingBatches
 from lowrank_bdl.training import checkpoints, losses, schedules
 from lowrank_bdl.training.collection import Collection
 from lowrank_bdl.training.trainer import Trainer
@@ -209,6 +209,12 @@ def run_phase(
     return model
 
 
+def bn_images(settings: Settings, data: Datasets) -> AsTrained:
+    """Return the images that batch norm is recalibrated on: augmented as they were trained on."""
+    recipe = DEFAULTS[settings.dataset]
+    return AsTrained(data.train, recipe["max_shift"], recipe["flip"], data.black)
+
+
 def run_phases(settings: Settings, run: RunDir, data: Datasets, device: torch.device) -> tuple[nn.Module, Tensor, Any]:
     """Train both runs, or finish them; return the network, SGD's weights (D,) and the SWAG collector."""
     model = run_phase(settings, run, data, device, "sgd", 0.01 * settings.lr_init, settings.epochs)
@@ -257,7 +263,7 @@ def draw_figures(
     steps = np.linspace(-6, 6, 25)
     limit = 2000  # images; a smooth picture needs no more
     few = {"train": data.train.first(limit), "test": data.test.first(limit)}
-    along = losses_along_rays(model, posterior, units, stddevs, steps, few, few["train"])
+    along = losses_along_rays(model, posterior, units, stddevs, steps, few, bn_images(settings, data).first(limit))
     plots.loss_along_directions(
         run.path / "principal_directions.png", steps, along["train"], along["test"], stddevs, names
     )
@@ -311,7 +317,8 @@ def experiment(settings: Settings, data: Datasets, run: RunDir, device: torch.de
     draws = {"num_samples": settings.num_samples, "seed": settings.seed}
     splits = {"validation": data.validation, "test": data.test, "shifted": data.test.rotated()}
     evaluations = {
-        name: evaluate_method(model, weights, splits, data.train, **draws) for name, weights in sources.items()
+        name: evaluate_method(model, weights, splits, bn_images(settings, data), **draws)
+        for name, weights in sources.items()
     }
     for evaluation in evaluations.values():  # how well predictive entropy tells shifted from test images
         entropy = evaluation.entropy

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import lowrank_bdl as lb
 from experiments.evaluation import classification_metrics
-from experiments.study_tasks import StudyData, Task, make_model, training_batches
+from experiments.study_tasks import StudyData, Task, bn_images, make_model, training_batches
 from lowrank_bdl.training import averages, losses, schedules
 from lowrank_bdl.training.collection import Collection
 from lowrank_bdl.training.trainer import Record, Trainer
@@ -160,7 +160,7 @@ def evaluate(
         weights,
         data.held_out.batches(500),
         num_samples=num_samples,
-        bn_loader=data.train.first(task.bn_limit).batches(500) if normalized else None,
+        bn_loader=bn_images(task, data).batches(500) if normalized else None,
         generator=torch.Generator().manual_seed(seed),
         keep_samples=task.is_regression,
         progress=False,

@@ -17,7 +17,7 @@ from experiments.common import SettingsError
 from experiments.datasets import Datasets, Split, load_dataset
 from experiments.models import build_model
 from experiments.train_setup import AUGMENTATION
-from experiments.training_data import TrainingBatches
+from experiments.training_data import AsTrained, TrainingBatches
 from lowrank_bdl.models import create_model
 from lowrank_bdl.models.registry import closest_first
 
@@ -260,6 +260,12 @@ def training_batches(task: Task, data: StudyData, generator: torch.Generator) ->
     if data.images is None:
         return data.train.shuffled(task.batch_size, generator)
     return TrainingBatches(data.images, task.batch_size, generator, *AUGMENTATION[task.source])
+
+
+def bn_images(task: Task, data: StudyData) -> AsTrained:
+    """Return the images that batch norm is recalibrated on: augmented as they were trained on."""
+    assert data.images is not None
+    return AsTrained(data.train.first(task.bn_limit), *AUGMENTATION[task.source], data.images.black)
 
 
 def check(task: Task) -> Task:
