@@ -9,10 +9,11 @@ changes eigenvalues only, which splitting :math:`\sqrt\tau` over the two factors
 from typing import Any
 
 import torch
-from linear_operator.operators import KroneckerProductLinearOperator, LinearOperator
+from linear_operator.operators import KroneckerProductLinearOperator, LinearOperator, RootLinearOperator
 from torch import Tensor
 
 from lowrank_bdl.errors import NonFiniteError, NotPSDError, ShapeError
+from lowrank_bdl.linalg.block import Index, LowRankPlusDiagBlock, plain_index, positions, same_index
 from lowrank_bdl.linalg.memory import require_memory
 
 _DRAWS_AT_ONCE = 2**22
@@ -105,6 +106,11 @@ class KroneckerSpectralLinearOperator(LinearOperator):
         r"""The orthogonal matrix :math:`U \otimes V` of each group, shape ``(groups, o m, o m)``, sharing memory."""
         return KroneckerProductLinearOperator(self.left_vectors, self.right_vectors)
 
+    def _with(self, eigenvalues: Tensor) -> "KroneckerSpectralLinearOperator":
+        return KroneckerSpectralLinearOperator(
+            self.left_vectors, self.right_vectors, eigenvalues, self.has_bias, self.result_dtype
+        )
+
     def _transpose_nonbatch(self) -> "KroneckerSpectralLinearOperator":
         return self
 
@@ -167,17 +173,19 @@ class KroneckerSpectralLinearOperator(LinearOperator):
 
     def inverse(self) -> "KroneckerSpectralLinearOperator":
         """Return the precision matrix, sharing the eigenbases."""
-        return KroneckerSpectralLinearOperator(
-            self.left_vectors, self.right_vectors, self.eigenvalues.reciprocal(), self.has_bias, self.result_dtype
-        )
+        return self._with(self.eigenvalues.reciprocal())
 
     def _mul_constant(self, other: float | Tensor) -> LinearOperator:
         constant = torch.as_tensor(other, dtype=torch.float64, device=self.device)
         if constant.ndim or not bool(constant > 0):
             return super()._mul_constant(constant.to(self.dtype))
-        return KroneckerSpectralLinearOperator(
-            self.left_vectors, self.right_vectors, self.eigenvalues * constant, self.has_bias, self.result_dtype
-        )
+        return self._with(self.eigenvalues * constant)
+
+    def add_diagonal(self, diag: Tensor) -> LinearOperator:
+        """Return Sigma + diag(``diag``): of this class for one number >= 0, ``()`` or ``(1,)``, for all coordinates."""
+        if diag.numel() != 1 or not bool(diag >= 0):
+            return super().add_diagonal(diag)
+        return self._with(self.eigenvalues + diag.double().reshape(()))
 
     def inv_quad_logdet(
         self, inv_quad_rhs: Tensor | None = None, logdet: bool | None = False, reduce_inv_quad: bool | None = True
@@ -226,7 +234,43 @@ class KroneckerSpectralLinearOperator(LinearOperator):
         require_memory(8 * self.shape.numel(), self.device, f"the dense {tuple(self.shape)} matrix")
         return self._matmul(torch.eye(self.shape[-1], dtype=torch.float64, device=self.device))
 
-    # ---- draws ------------------------------------------------------------------------------------------------------
+    # ---- parts ------------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(plain_index(index, self.shape))
+
+    def _getitem(self, row_index: Index, col_index: Index, *batch_indices: Index | int) -> LinearOperator:
+        return self.select(row_index, col_index)
+
+    def select(self, rows: Index, columns: Index) -> LinearOperator:
+        """Return the block of these rows and columns, as products with the whole matrix.
+
+        Args:
+            rows: A slice or a LongTensor ``(a,)`` of coordinates.
+            columns: Likewise ``(b,)``.
+        """
+        size = self.shape[-1]
+        if isinstance(rows, slice) and range(size)[rows] == range(size) and same_index(rows, columns, size):
+            return self
+        return LowRankPlusDiagBlock(self, positions(rows, size, self.device), positions(columns, size, self.device))
+
+    def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
+        groups, out, inner = self.eigenvalues.shape
+        flat = torch.arange(self.shape[-1], device=self.device, dtype=torch.float64).unsqueeze(-1)
+        places = torch.empty_like(flat).squeeze(-1).long()
+        places[self._gather(flat).flatten().long()] = torch.arange(self.shape[-1], device=self.device)
+        rows, columns = torch.broadcast_tensors(places[row_index], places[col_index])
+        values = torch.zeros(rows.shape, dtype=torch.float64, device=self.device)
+        for group in range(groups):
+            inside = (rows // (out * inner) == group) & (columns // (out * inner) == group)
+            if bool(inside.any()):
+                pairs = (rows[inside], columns[inside])
+                left = torch.stack([self.left_vectors[group, pair // inner % out] for pair in pairs]).prod(0)
+                right = torch.stack([self.right_vectors[group, pair % inner] for pair in pairs]).prod(0)
+                values[inside] = (left @ self.eigenvalues[group] * right).sum(-1)
+        return values.to(self.dtype)
+
+    # ---- draws and roots --------------------------------------------------------------------------------------------
 
     def sample(self, n: int, generator: torch.Generator | None = None, mean: Tensor | None = None) -> Tensor:
         r"""Draw n vectors from :math:`N(m, \Sigma)`: :math:`m + P (U \otimes V) \sqrt\lambda \odot z`.
@@ -256,6 +300,16 @@ class KroneckerSpectralLinearOperator(LinearOperator):
     def zero_mean_mvn_samples(self, num_samples: int) -> Tensor:
         """Return exact draws from N(0, Sigma), shape ``(num_samples, D)``."""
         return self.sample(num_samples)
+
+    def root_decomposition(self, method: str | None = None) -> RootLinearOperator:
+        """Return the symmetric square root as an operator, exact; ``method`` is not needed."""
+        return RootLinearOperator(self._with(self.eigenvalues.sqrt()))
+
+    def root_inv_decomposition(
+        self, initial_vectors: Tensor | None = None, test_vectors: Tensor | None = None, method: str | None = None
+    ) -> RootLinearOperator:
+        """Return the symmetric square root of the inverse as an operator, exact; the arguments are not needed."""
+        return RootLinearOperator(self._with(self.eigenvalues.rsqrt()))
 
 
 def kl_kronecker(p: KroneckerSpectralLinearOperator, q: KroneckerSpectralLinearOperator, difference: Tensor) -> Tensor:
