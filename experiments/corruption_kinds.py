@@ -131,21 +131,22 @@ def _zoom_matrix(size: int, factor: float) -> np.ndarray:
     return enlarged[trim : trim + size]
 
 
-def glass_blur(x: Tensor, settings: tuple[float, int, int], generator: torch.Generator) -> Tensor:
-    """Smooth, swap pixels with neighbours, smooth (standard deviation and largest shift [pixels], rounds)."""
-    std, shift, rounds = settings
-    pixels = gaussian_blur(x, std, generator).permute(0, 2, 3, 1).contiguous()
-    image = torch.arange(len(x))
+def glass_blur(x: Tensor, settings: tuple[float, int], generator: torch.Generator) -> Tensor:
+    """Smooth, replace each pixel by a neighbour or itself, smooth (standard deviation [pixels], rounds).
+
+    The paper swaps pixels. The released code, and so the published images, overwrite one with the other, where the
+    other lies above, to the left, or both: of pixels that are visited from the last to the first, it is still the old
+    one, so that a round is one gather. The first two rows and columns stay.
+    """
+    std, rounds = settings
+    pixels = gaussian_blur(x, std, generator).permute(0, 2, 3, 1)
     height, width = x.shape[-2:]
+    image, rows, columns = torch.arange(len(x))[:, None, None], torch.arange(height)[:, None], torch.arange(width)
+    moved = (rows > 1) & (columns > 1)
     for _ in range(rounds):
-        for row in range(height - shift, shift, -1):
-            moves = torch.randint(-shift, shift, (2, width, len(x)), generator=generator)
-            for column in range(width - shift, shift, -1):
-                other = (image, row + moves[0, column], column + moves[1, column])
-                here = pixels[:, row, column].clone()
-                pixels[:, row, column] = pixels[other]
-                pixels[other] = here
-    return gaussian_blur(pixels.permute(0, 3, 1, 2).contiguous(), std, generator)
+        up, left = torch.randint(2, (2, len(x), height, width), generator=generator) * moved
+        pixels = pixels[image, rows - up, columns - left]
+    return gaussian_blur(pixels.permute(0, 3, 1, 2), std, generator)
 
 
 # ---- weather ---------------------------------------------------------------------------------------------------------

@@ -8,8 +8,7 @@ One file holds one corruption at one severity.
 The mean absolute change of the pixels grows with severity, but for four corruptions whose published severities are not
 more and more of one thing: saturate turns colours down at the first two and up at the others; glass_blur and
 elastic_transform weigh one effect against another; and motion_blur at 3 and 4 differs by what lies six standard
-deviations out. Two things are not as in the released code: pixels are rounded to the nearest of 256 values and not cut,
-and glass_blur swaps pixels, as its paper says, where the released code overwrites one with the other.
+deviations out. Unlike in the released code pixels are rounded to the nearest of 256 values, and not cut down to one.
 """
 
 import hashlib
@@ -63,9 +62,7 @@ CORRUPTIONS: Mapping[str, Corruption] = {
     "speckle_noise": Corruption(kinds.speckle_noise, (0.06, 0.1, 0.12, 0.16, 0.2), "noise"),
     "gaussian_blur": Corruption(kinds.gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1), "blur"),
     "defocus_blur": Corruption(kinds.defocus_blur, ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)), "blur"),
-    "glass_blur": Corruption(
-        kinds.glass_blur, ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)), "blur"
-    ),
+    "glass_blur": Corruption(kinds.glass_blur, ((0.05, 1), (0.25, 1), (0.4, 1), (0.25, 2), (0.4, 2)), "blur"),
     "motion_blur": Corruption(kinds.motion_blur, ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)), "blur"),
     "zoom_blur": Corruption(kinds.zoom_blur, tuple(map(_factors, (1.06, 1.11, 1.16, 1.21, 1.26))), "blur"),
     "snow": Corruption(
