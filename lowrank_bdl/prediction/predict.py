@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from lowrank_bdl.prediction.draws import SamplesWeights, require_samples, weight
 from lowrank_bdl.prediction.dropout import DropoutMasks
 from lowrank_bdl.prediction.likelihoods import Likelihood, resolve_likelihood
 from lowrank_bdl.prediction.predictive import Predictive
+from lowrank_bdl.prediction.sampled_network import SampledNetwork
 
 _TARGET_KEYS = ("labels", "label", "targets", "target")
 
@@ -53,6 +54,8 @@ def predict(
     bn_loader: Iterable[Any] | None = None,
     bn_fraction: float = 1.0,
     dropout: bool = False,
+    vectorize: "bool | Literal['auto']" = "auto",
+    chunk_size: int | None = None,
     likelihood: "str | Likelihood" = "categorical",
     noise_variance: "float | Tensor | None" = None,
     call_fn: CallFn | None = None,
@@ -90,6 +93,10 @@ def predict(
         bn_loader: Batches for the batch-norm statistics, preferably the training data without augmentation.
         bn_fraction: Fraction of ``bn_loader`` to use, in (0, 1]; below 1 its first batches only.
         dropout: Keep torch's dropout layers random; see above. Off while batch-norm statistics are computed.
+        vectorize: ``True`` evaluates several weight vectors at once by ``torch.vmap`` (the same numbers up to
+            rounding); ``"auto"`` does so where it was measured to be faster: small networks of linear layers on a CPU,
+            whose time goes into starting operations. Convolutions are slower that way on a CPU.
+        chunk_size: How many weight vectors at once; None goes by the size of the network's largest layer.
         likelihood: ``"categorical"`` (outputs are logits ``(N, C)``), ``"gaussian"`` (see
             :class:`~lowrank_bdl.prediction.likelihoods.GaussianLikelihood`), or a callable from the output to a
             ``torch.distributions`` object with one row an example.
@@ -109,7 +116,9 @@ def predict(
     Raises:
         ShapeError: If the loader is empty, or model, layout, posterior, outputs and targets do not fit together.
         NonFiniteError: If a sample's output is NaN, or a predicted variance is not > 0.
-        ValueError: If the likelihood is unknown, the fraction is outside (0, 1], or the model has no dropout.
+        ValueError: If the likelihood is unknown, the fraction is outside (0, 1], ``vectorize`` or ``chunk_size`` is
+            wrong, or ``dropout`` is asked for and the model has none, or together with ``vectorize=True``.
+        LowRankBDLError: If ``vectorize`` is True and the network cannot be evaluated several times at once.
         TypeError: If ``posterior`` neither draws weights nor is a tensor, or ``bn_loader`` has no length to take a
             fraction of.
 
@@ -135,25 +144,31 @@ def predict(
         posterior, num_samples, network.layout, generator=generator, max_bytes=max_bytes, device=device
     )
     masks = DropoutMasks(model, device, generator) if dropout else None
-    buffers: dict[str, Tensor] = {}
+    repeats = 1  # of the same weights, under other masks
+    if masks is not None and isinstance(posterior, Tensor) and posterior.ndim == 1:
+        require_samples(num_samples)
+        repeats = num_samples
+    sampled = SampledNetwork(
+        network,
+        weights if repeats == 1 else tuple(weights) * repeats,
+        masks=masks,
+        vectorize=vectorize,
+        chunk_size=chunk_size,
+        plain=call_fn is None,
+    )
     if bn_loader is not None:
         buffers = recalibrate_batch_norm(
             model, weights, bn_loader, layout=network.layout, call_fn=call_fn, fraction=bn_fraction, progress=progress
         )
-    if masks is not None and isinstance(posterior, Tensor) and posterior.ndim == 1:
-        require_samples(num_samples)
-        weights = tuple(weights) * num_samples
-        buffers = {name: value.expand(num_samples, *value.shape[1:]) for name, value in buffers.items()}
+        sampled.set_buffers({name: value.repeat_interleave(repeats, 0) for name, value in buffers.items()})
     parts: list[Parts] = []
     with evaluation_mode(model), nullcontext() if masks is None else masks.switched_on():
         for batch in tqdm(loader, desc="predict", unit="batch", leave=False, disable=not progress):
             batch = to_device(batch, device) if device is not None else batch
             average = BatchAverage(len(parts), target_fn(batch), keep_samples)
-            for s, theta in enumerate(weights):
-                with nullcontext() if masks is None else masks.drawn(sample=s, batch=len(parts)):
-                    outputs = network(theta, batch, {name: value[s] for name, value in buffers.items()})
+            for outputs in sampled.outputs(len(parts), batch):
                 average.add(rule(outputs))
             parts.append(average.finish())
     if not parts:
         raise ShapeError("The loader must give at least one batch; got none (an exhausted iterator?).")
-    return join(parts, len(weights))
+    return join(parts, len(weights) * repeats)
