@@ -124,8 +124,9 @@ FUNCTIONS: dict[str, Any] = {
 
 
 _RATES = (
-    "lr_init: of 0.001 (friedman2), 0.005, 0.01 (Friedman's), 0.02, 0.05 and 0.1 the one with the lowest validation NLL of "
-    "SGD, mean of seeds 100 to 102; swa_lr: of 1, 0.3 and 0.1 times it the one with the lowest validation NLL of SWA"
+    "lr_init: of 0.001 (friedman2), 0.005, 0.01 (Friedman's), 0.02, 0.05 and 0.1 the one with the lowest validation "
+    "NLL of SGD, mean of seeds 100 to 102; swa_lr: of 1, 0.3 and 0.1 times it the one with the lowest validation NLL "
+    "of SWA"
 )
 _RATE = (
     "lr_init: of 0.03, 0.1 and 0.3 (0.01 too for MobileNetV2) the one with the lowest validation NLL of SGD, seed 100; "
