@@ -14,6 +14,7 @@ from experiments.evaluation import Evaluation, evaluate_method
 from experiments.train_settings import Settings, prior_std
 from experiments.train_setup import network
 from experiments.train_weights import FinalWeights, final_weights
+from lowrank_bdl.posteriors.snapshots import WeightSnapshots
 from lowrank_bdl.training import averages
 from lowrank_bdl.training.trainer import Trainer
 from lowrank_bdl.training.variational import MeanFieldModel
@@ -42,8 +43,9 @@ def weight_sources(settings: Settings, trainer: Trainer) -> dict[str, Any]:
         found["SWAG-Diag"] = swag.posterior(scale=1.0, rank=0)
         if settings.rank:
             found["SWAG"] = swag.posterior(scale=settings.scale)
-    if settings.snapshots:
-        found["Snapshots"] = trainer.collections["snapshots"].collector.posterior()  # type: ignore[attr-defined]
+    snapshots = trainer.collections["snapshots"].collector if settings.snapshots else None
+    if isinstance(snapshots, WeightSnapshots):
+        found["Snapshots"] = snapshots.posterior()
     for name, key in (("EMA", "ema"), ("Polyak", "polyak")):
         if key in trainer.collections:
             found[name] = averages.weights(trainer.collections[key].collector)  # type: ignore[arg-type]

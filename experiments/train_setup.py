@@ -12,6 +12,7 @@ from experiments.datasets import Datasets
 from experiments.models import build_model
 from experiments.train_settings import Settings, first_collection, prior_std
 from experiments.training_data import AsTrained, TrainingBatches
+from lowrank_bdl.posteriors.snapshots import WeightSnapshots
 from lowrank_bdl.training import averages, losses, schedules
 from lowrank_bdl.training.collection import Collection
 from lowrank_bdl.training.langevin import SGHMC, SGLD
@@ -107,7 +108,7 @@ def make_collections(settings: Settings, model: nn.Module) -> dict[str, Collecti
         moments = first_collection(settings), settings.swa_c_epochs, settings.collects_per_epoch
         found["swag"] = Collection(swag, *moments)
         if settings.snapshots:
-            found["snapshots"] = Collection(lb.WeightSnapshots(model, include=include), *moments)
+            found["snapshots"] = Collection(WeightSnapshots(model, include=include), *moments)
     if settings.ema:
         found["ema"] = Collection(averages.ema(model, settings.ema_decay), per_epoch=None)
     if settings.polyak:

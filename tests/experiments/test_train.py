@@ -22,15 +22,16 @@ from experiments import train
 from experiments.datasets import load_dataset
 from experiments.train_settings import Settings, check
 from experiments.train_setup import make_trainer
+from experiments.train_weights import read_weights
 from lowrank_bdl.training import checkpoints
 
 PROG = "python -m experiments.train"
 TINY = (
     "--dataset digits --model SmallConvNet --train_limit 96 --batch_size 16 --epochs 6 --lr_init 0.05 --swa "
     "--swa_start 2 --swa_lr 0.02 --cov_mat --max_num_models 3 --num_samples 3 --ema --ema_decay 0.9 --polyak "
-    "--eval_freq 2 --save_freq 4 --collects_per_epoch 2"
+    "--eval_freq 2 --save_freq 4 --collects_per_epoch 2 --snapshots"
 ).split()
-METHODS = ["SGD", "SWA", "SWAG-Diag", "SWAG", "EMA", "Polyak"]
+METHODS = ["SGD", "SWA", "SWAG-Diag", "SWAG", "Snapshots", "EMA", "Polyak"]
 
 
 def run(path: Path, *more: str) -> int:
@@ -67,6 +68,7 @@ def outcome(path: Path) -> dict[str, Any]:
         "optimizer": state["optimizer"],
         "collections": state["collections"],
         "posterior": [posterior.mean, posterior.covariance.diag, posterior.covariance.root],
+        "weights": dict(read_weights(path / "weights.safetensors").thetas),
     }
 
 
@@ -117,7 +119,7 @@ def test_the_table_shows_every_method(finished: Path) -> None:
     lines = (finished.parent / "stdout").read_text().splitlines()
     assert lines[0].startswith("SmallConvNet (15,554 parameters) on digits: 96 training images, 6 epochs")
     assert lines[3].split() == ["method", "accuracy", "%", "NLL", "ECE", "%", "Brier"]
-    assert [line.split()[0] for line in lines[5:11]] == METHODS
+    assert [line.split()[0] for line in lines[5:12]] == METHODS
     swag = outcome(finished)["results"]["methods"]["SWAG"]["validation"]
     shown = [f"{100 * swag['accuracy']:.2f}", "±", f"{100 * swag['accuracy_se']:.2f}", f"{swag['nll']:.4f}"]
     assert lines[8].split()[1:5] == shown
@@ -268,7 +270,9 @@ def test_what_cannot_run_is_one_line_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("flag", ["--cov_mat", "--polyak", "--include=fc", "--swa_resume=x", "--schedule=cyclical"])
+@pytest.mark.parametrize(
+    "flag", ["--cov_mat", "--snapshots", "--polyak", "--include=fc", "--swa_resume=x", "--schedule=cyclical"]
+)
 def test_collection_flags_need_swa(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="^2$"):
         train.main(["--dir", str(tmp_path / "run"), "--model", "LeNet5", flag])
