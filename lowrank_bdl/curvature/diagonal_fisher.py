@@ -29,10 +29,9 @@ def layer_chunks(layer: Layer, gradients: Sequence[Tensor]) -> Iterator[slice]:
     """
     numbers = 1
     if layer.is_matrix:
-        weight = layer.module.get_parameter("weight")
-        inner = weight[0].numel()
-        positions = sum(gradient[0].numel() for gradient in gradients) // len(weight)
-        numbers = max(weight.numel(), layer.groups * inner * positions)
+        shape = layer.shape
+        positions = sum(gradient[0].numel() for gradient in gradients) // shape[0]
+        numbers = max(shape.numel(), layer.groups * shape[1:].numel() * positions)
     yield from example_chunks(len(gradients[0]), numbers)
 
 
@@ -56,7 +55,7 @@ def layer_example_gradients(
     found = {}
     if layer.weight is not None:
         right = torch.cat([layer_inputs(layer, call.inputs[part]) for call in calls], dim=-1)
-        found[layer.weight] = (left @ right.mT).view(len(left), *layer.module.get_parameter("weight").shape)
+        found[layer.weight] = (left @ right.mT).view(len(left), *layer.shape)
     if layer.bias is not None:
         found[layer.bias] = left.sum(-1).flatten(1)
     return found
@@ -167,7 +166,7 @@ class ExampleDiagonal:
                 self.sums[name] += gradients.to(wide).square().sum(0)
 
     def _inner(self, chosen: dict[str, Tensor], inputs: Tensor, scores: Tensor) -> Tensor:
-        output = self._network({**self._fixed, **chosen}, inputs.unsqueeze(0))
+        output = self._network({**self._fixed, **chosen}, (inputs.unsqueeze(0),))
         product: Tensor = (output * scores.unsqueeze(0)).sum()
         return product
 

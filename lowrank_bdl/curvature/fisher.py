@@ -148,18 +148,18 @@ def fisher_sums(
     and the float64 sums.
     """
     network = FunctionalModel(model, layout)
-    weights = {name: value.detach().clone().requires_grad_() for name, value in network.named(theta).items()}
     layers = find_layers(model, layout)
     sums: _Accumulators | None = None
     num_data, total = 0, 0.0
     with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
+        weights = {name: value.detach().clone().requires_grad_() for name, value in network.named(theta).items()}
         for number, batch in enumerate(tqdm(loader, desc="Fisher information", unit="batch", disable=not progress)):
             inputs, targets = _split(batch, network.stateless.device)
             if sums is None:
                 trusted = _trusted(network, weights, layers, inputs)
                 sums = _Accumulators(network, weights, trusted, kronecker, diagonal)
             with recorded(sums.recorded) as calls:
-                raw = network.stateless(weights, inputs)
+                raw = network.stateless(weights, (inputs,))
             outputs, targets = likelihood.check(raw, targets)
             if not outputs.requires_grad:
                 raise ShapeError(f"The output must depend on the {len(layout.names)} parameters given; it does not.")
@@ -168,6 +168,12 @@ def fisher_sums(
             if not abs(value) < float("inf"):
                 raise NonFiniteError(f"The log-likelihood must be finite; got {value} in batch {number}.")
             num_data, total = num_data + len(outputs), total + value
+            for name, layer in sums.recorded.items():
+                if not _well_formed(layer, calls[name], len(outputs)):
+                    raise ShapeError(
+                        f"Layer {name!r} must be called with all {len(outputs)} examples on the first axis in every "
+                        f"batch, as it was in the first; it was not in batch {number}. Exclude it."
+                    )
             sums.add_inputs(calls)
             for scores in likelihood.scores(outputs, targets, labels, generator):
                 sums.add_scores(inputs, scores, calls, _output_gradients(outputs, scores, calls))
@@ -181,6 +187,8 @@ def _split(batch: Any, device: torch.device | None) -> tuple[Any, Any]:
         form = type(batch).__name__ + (f" of {len(batch)} entries" if isinstance(batch, (tuple, list, dict)) else "")
         raise ShapeError(f"A batch must be (x, y): a Fisher matrix needs targets; got {form}.")
     inputs, targets = batch if device is None else (to_device(part, device) for part in batch)
+    if isinstance(inputs, Tensor) and inputs.is_inference():  # a loader under inference_mode; autograd cannot save it
+        inputs = inputs.clone()
     return inputs, targets
 
 
@@ -201,12 +209,15 @@ def _output_gradients(
     outputs: Tensor, scores: Tensor, calls: Mapping[str, Sequence[LayerCall]]
 ) -> dict[str, list[Tensor]]:
     """Return layer name to the gradient of ``sum(outputs * scores)`` with respect to the output of each call."""
-    flat = [call.output for each in calls.values() for call in each]
-    found = torch.autograd.grad(outputs, flat, scores, retain_graph=True, allow_unused=True) if flat else ()
-    gradients = iter(
-        torch.zeros_like(output) if gradient is None else gradient for output, gradient in zip(flat, found, strict=True)
-    )
-    return {name: [next(gradients) for _ in each] for name, each in calls.items()}
+    reached = [call.output for each in calls.values() for call in each if call.output.requires_grad]
+    found = torch.autograd.grad(outputs, reached, scores, retain_graph=True, allow_unused=True) if reached else ()
+    by_id = {id(output): gradient for output, gradient in zip(reached, found, strict=True)}
+
+    def gradient_of(output: Tensor) -> Tensor:
+        gradient = by_id.get(id(output))
+        return torch.zeros_like(output) if gradient is None else gradient
+
+    return {name: [gradient_of(call.output) for call in each] for name, each in calls.items()}
 
 
 def _trusted(
@@ -214,25 +225,32 @@ def _trusted(
 ) -> list[Layer]:
     """Return the layers whose rule gives the gradient that automatic differentiation gives, on one batch.
 
-    Half of the examples get a zero score: a layer that has another axis first, mixing examples, would show gradients
-    where there are none.
+    Every other example gets a zero score, then the rest: a layer that has another axis first, or mixes the examples,
+    shows gradients where there must be none.
     """
-    by_name = {layer.name: layer for layer in layers}
-    with recorded(by_name) as calls:
-        outputs = network.stateless(weights, inputs)
+    with recorded({layer.name: layer for layer in layers}) as calls:
+        outputs = network.stateless(weights, (inputs,))
     if not isinstance(outputs, Tensor) or not outputs.requires_grad or not outputs.is_floating_point():
         return []  # the likelihood will say what is wrong with it
     _require_finite(outputs, 0)
-    size = len(outputs)
-    scores = torch.cos(torch.arange(outputs.numel(), device=outputs.device) + 1.0).view(outputs.shape).to(outputs.dtype)
-    kept = (size + 1) // 2
-    scores[kept:] = 0
-    gradients = _output_gradients(outputs, scores, calls)
-    usable = [layer for layer in layers if _well_formed(layer, calls[layer.name], gradients[layer.name], size, kept)]
-    names = [name for layer in usable for name in layer.parameters]
-    found = torch.autograd.grad(outputs, [weights[name] for name in names], scores, allow_unused=True) if names else ()
-    references = dict(zip(names, found, strict=True))
-    return [layer for layer in usable if _agrees(layer, calls[layer.name], gradients[layer.name], references)]
+    pattern = torch.cos(torch.arange(outputs.numel(), device=outputs.device) + 1.0)
+    left = [layer for layer in layers if _well_formed(layer, calls[layer.name], len(outputs))]
+    for parity in range(min(2, len(outputs))):
+        zero = torch.arange(len(outputs), device=outputs.device) % 2 != parity
+        scores = pattern.to(outputs.dtype).view(outputs.shape).clone()
+        scores[zero] = 0
+        gradients = _output_gradients(outputs, scores, {layer.name: calls[layer.name] for layer in left})
+        names = [name for layer in left for name in layer.parameters]
+        wanted = [weights[name] for name in names]
+        found = torch.autograd.grad(outputs, wanted, scores, retain_graph=True, allow_unused=True) if names else ()
+        references = dict(zip(names, found, strict=True))
+        left = [layer for layer in left if _agrees(layer, calls[layer.name], gradients[layer.name], references, zero)]
+    return left
+
+
+def _well_formed(layer: Layer, calls: Sequence[LayerCall], size: int) -> bool:
+    axes = 4 if isinstance(layer.module, nn.Conv2d) else 2
+    return bool(calls) and all(call.inputs.ndim >= axes and len(call.inputs) == size for call in calls)
 
 
 def _agrees(
@@ -240,7 +258,11 @@ def _agrees(
     calls: Sequence[LayerCall],
     gradients: Sequence[Tensor],
     references: Mapping[str, Tensor | None],
+    zero: Tensor,
 ) -> bool:
+    for gradient in gradients:
+        if bool(gradient[zero].norm() > _AGREEMENT * gradient.norm()):
+            return False
     sums: dict[str, Tensor] = {}
     for part in layer_chunks(layer, gradients):
         for name, value in layer_example_gradients(layer, calls, gradients, part).items():
@@ -250,11 +272,3 @@ def _agrees(
         if reference is None or not bool((value - reference).norm() <= _AGREEMENT * reference.norm()):
             return False
     return True
-
-
-def _well_formed(layer: Layer, calls: Sequence[LayerCall], gradients: Sequence[Tensor], size: int, kept: int) -> bool:
-    axes = 4 if isinstance(layer.module, nn.Conv2d) else 2
-    return bool(calls) and all(
-        call.inputs.ndim >= axes and len(call.inputs) == size and not bool(gradient[kept:].any())
-        for call, gradient in zip(calls, gradients, strict=True)
-    )

@@ -77,7 +77,7 @@ class KroneckerFactors:
         weight = layer.module.get_parameter("weight")
         self.layer = layer
         self.has_bias = layer.bias is not None
-        out, inner = weight.shape[0] // layer.groups, weight[0].numel() + int(self.has_bias)
+        out, inner = layer.shape[0] // layer.groups, layer.shape[1:].numel() + int(self.has_bias)
         require_memory(
             24 * layer.groups * (out**2 + inner**2), weight.device, f"the Kronecker factors of layer {layer.name!r}"
         )

@@ -47,6 +47,13 @@ class Layer:
         return self.module.groups if isinstance(self.module, nn.Conv2d) else 1
 
     @property
+    def shape(self) -> torch.Size:
+        """Shape of the weight, which may be computed from other parameters."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight.shape
+
+    @property
     def is_matrix(self) -> bool:
         """Whether it multiplies by a matrix (fully connected, convolution); a batch norm multiplies elementwise."""
         return isinstance(self.module, nn.Linear | nn.Conv2d)
