@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from lowrank_bdl.parameters.layout import ParameterLayout
+from lowrank_bdl.posteriors.swag import SWAG
 
 
 def network(dtype=torch.float32):
@@ -41,3 +42,16 @@ def dense_swag(thetas, rank, scale=0.5, centering="running", correction=1):
     window = deviations[count - rows :]
     covariance = torch.diag(thetas.var(0, correction=correction)) + window.mT @ window / max(rows - 1, 1)
     return means[-1], scale * covariance
+
+
+def swag_posterior(seed=0, scale=0.5, count=12, rank=5, dtype=torch.float64, shift=0.0, **options):
+    """A SWAG posterior, its mean and its dense covariance."""
+    model = network(dtype)
+    thetas = iterates(count, seed=seed, dtype=dtype) + shift
+    swag = feed(SWAG(model, rank, **options), model, thetas)
+    return swag.posterior(scale=scale), *dense_swag(thetas, rank, scale, options.get("centering", "running"))
+
+
+def block_diagonal(covariance, layout):
+    """The blocks of the parameter tensors of a dense covariance, zero elsewhere."""
+    return torch.block_diag(*(covariance[where, where] for where in layout.slices.values()))

@@ -151,3 +151,20 @@ def test_header_is_plain_json(path):
     size = int.from_bytes(content[:8], "little")
     parsed = json.loads(content[8 : 8 + size])
     assert json.loads(parsed["__metadata__"]["metadata"]) == {"n": 1, "name": "é"}
+
+
+def test_kind_is_read_from_the_header_alone(path, tmp_path):
+    assert files.read_kind(path) == "kind"
+    with pytest.raises(FileNotFoundError, match="no such file: .*nowhere"):
+        files.read_kind(tmp_path / "nowhere")
+    (tmp_path / "cut").write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="truncated or no safetensors file"):
+        files.read_kind(tmp_path / "cut")
+
+
+def test_tensors_that_share_memory_are_written_each_for_itself(tmp_path):
+    base = torch.arange(6.0)
+    views = {"whole": base, "again": base, "head": base[:2], "tail": base[3:], "none": base[:0]}
+    write_tensors(tmp_path / "x", "kind", views, {})
+    back, _ = read_tensors(tmp_path / "x", "kind", list(views))
+    assert all(torch.equal(back[name], tensor) for name, tensor in views.items())

@@ -14,19 +14,11 @@ from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.posteriors.gaussian import GaussianPosterior, kl_divergence
 from lowrank_bdl.posteriors.swag import SWAG
 from tests.oracles import assert_close
-from tests.posteriors.cases import dense_swag, feed, iterates, network
+from tests.posteriors.cases import dense_swag, feed, iterates, network, swag_posterior
 from tests.statistical import ALPHA, assert_chi_square, assert_gaussian
 
 K = 5
 N = 4000
-
-
-def swag_posterior(scale=0.5, count=12, rank=K, dtype=torch.float64, **options):
-    model = network(dtype)
-    thetas = iterates(count, dtype=dtype)
-    swag = feed(SWAG(model, rank, **options), model, thetas)
-    expected = dense_swag(thetas, rank, scale, options.get("centering", "running"))
-    return swag.posterior(scale=scale), *expected
 
 
 def dense_normal(mean, covariance):
@@ -364,6 +356,35 @@ def test_error_messages():
         posterior.log_prob(torch.zeros(2, 4))
     with pytest.raises(ValueError, match="number of draws must be >= 0; got -1"):
         posterior.sample(-1)
+
+
+def test_diagonal_is_the_gaussian_of_independent_weights():
+    mean, variance = torch.arange(13.0).double(), torch.linspace(0.1, 2, 13).double()
+    posterior = GaussianPosterior.diagonal(mean, variance, swag_posterior()[0].layout, {"source": "test"})
+    normal = dense_normal(mean, torch.diag(variance))
+    theta = mean + 0.3
+    assert posterior.covariance.rank == 0 and posterior.provenance == {"source": "test"}
+    assert_close(posterior.stddev, variance.sqrt())
+    assert_close(posterior.covariance.to_dense(), torch.diag(variance))
+    assert_close(posterior.log_prob(theta), normal.log_prob(theta))
+    assert_close(posterior.entropy(), normal.entropy())
+    assert_close(posterior.marginal("2").stddev, variance[9:].sqrt())
+    assert_gaussian(posterior.sample(N, torch.Generator().manual_seed(0)), mean, torch.diag(variance))
+    with pytest.raises(AssertionError, match="covariance: .* outside"):
+        assert_gaussian(posterior.sample(N, torch.Generator().manual_seed(0)), mean, torch.diag(variance * 1.1))
+
+
+def test_diagonal_refuses():
+    with pytest.raises(ShapeError, match=r"mean and variance must be \(D,\); got \(3,\) and \(2,\)"):
+        GaussianPosterior.diagonal(torch.zeros(3), torch.ones(2))
+    with pytest.raises(ValueError, match=r"variance must be >= 0; the smallest is -1\.0"):
+        GaussianPosterior.diagonal(torch.zeros(2), torch.tensor([1.0, -1.0]))
+    with pytest.raises(NonFiniteError, match="variance must be finite; entry 1 is nan"):
+        GaussianPosterior.diagonal(torch.zeros(2), torch.tensor([1.0, float("nan")]))
+    with pytest.raises(ShapeError, match="layout has 13 coordinates; mean and covariance have 2"):
+        GaussianPosterior.diagonal(torch.zeros(2), torch.ones(2), ParameterLayout.from_module(network()))
+    with pytest.raises(TypeError, match="diag must be float32 or float64, got torch.float16"):
+        GaussianPosterior.diagonal(torch.zeros(2), torch.ones(2).half())
 
 
 def test_deepcopy():
