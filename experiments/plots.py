@@ -20,10 +20,12 @@ from lowrank_bdl.prediction.metrics import ReliabilityCurve
 # Okabe and Ito's palette: distinguishable with every common colour-vision deficiency.
 COLORS = {
     "SGD": "#000000", "Adam": "#000000", "AdamW": "#000000", "SWA": "#009E73", "SWAG-Diag": "#0072B2",
-    "SWAG": "#D55E00", "EMA": "#CC79A7", "Polyak": "#E69F00",
+    "SWAG": "#D55E00", "EMA": "#CC79A7", "Polyak": "#E69F00", "SGLD": "#000000", "SGHMC": "#000000",
+    "Snapshots": "#56B4E9", "mean": "#000000", "MFVI": "#D55E00",
 }  # fmt: skip
 MARKERS = {
     "SGD": "s", "Adam": "s", "AdamW": "s", "SWA": "D", "SWAG-Diag": "^", "SWAG": "o", "EMA": "v", "Polyak": "P",
+    "SGLD": "s", "SGHMC": "s", "Snapshots": "X", "mean": "s", "MFVI": "o",
 }  # fmt: skip
 SEQUENCE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 STYLE = {
