@@ -194,7 +194,8 @@ def recalibrate_batch_norm(
         model: Any module; layers are the instances of torch's batch norms (1-d to 3-d, synchronised) that track running
             statistics.
         thetas: The weights, shape ``(S, D)``, or a collection of S vectors ``(D,)``, iterated once per batch.
-        loader: Batches; without labels, or ``(x, y)``. Preferably the training data without augmentation.
+        loader: Batches; without labels, or ``(x, y)``. Training data, augmented as it was in training: a network that
+            was trained on shifted images loses accuracy with the statistics of images that are not shifted.
         layout: What θ holds; None takes every trainable parameter.
         call_fn: ``call_fn(model, batch)`` runs the model; None calls ``model(x)``.
         fraction: In (0, 1]: stop after the first ceil(fraction · length) of the loader's batches.

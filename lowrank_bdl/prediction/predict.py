@@ -90,7 +90,7 @@ def predict(
             ``(D,)`` or ``(S, D)``, to average over: ``num_samples`` is not used, but for ``(D,)`` with dropout.
         loader: Batches ``(x, y)`` or ``x``, or whatever ``call_fn`` takes; tensors are moved to the model's device.
         num_samples: S, the number of draws.
-        bn_loader: Batches for the batch-norm statistics, preferably the training data without augmentation.
+        bn_loader: Batches for the batch-norm statistics: training data, augmented as it was in training.
         bn_fraction: Fraction of ``bn_loader`` to use, in (0, 1]; below 1 its first batches only.
         dropout: Keep torch's dropout layers random; see above. Off while batch-norm statistics are computed.
         vectorize: ``True`` evaluates several weight vectors at once by ``torch.vmap`` (the same numbers up to

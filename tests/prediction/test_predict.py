@@ -9,6 +9,9 @@ from torch.distributions import Bernoulli, Categorical, Independent, Poisson, St
 from lowrank_bdl.errors import LowRankBDLError, NonFiniteError, ShapeError
 from lowrank_bdl.parameters.batch_norm import recalibrate_batch_norm_
 from lowrank_bdl.parameters.layout import ParameterLayout
+from lowrank_bdl.posteriors.empirical import EmpiricalPosterior
+from lowrank_bdl.posteriors.gaussian import GaussianPosterior
+from lowrank_bdl.posteriors.mixture import MixturePosterior
 from lowrank_bdl.prediction.draws import WeightDraws
 from lowrank_bdl.prediction.predict import predict, targets_of
 
@@ -475,3 +478,21 @@ def test_an_ensemble_is_averaged_over_its_members():
         run(model, ensemble, loader, num_samples=0)
     with pytest.raises(ShapeError, match=r"or \(S, 52\) with S >= 1; got \(5, 51\)"):
         run(model, Ensemble(posterior.layout, model, thetas[:, 1:]), loader)
+
+
+def test_the_librarys_own_mixtures_and_ensembles():
+    model, posterior, loader = conv_problem()
+    far = [
+        GaussianPosterior.diagonal(posterior.mean + shift, torch.full_like(posterior.mean, 0.01), posterior.layout)
+        for shift in (0.0, 1.0)
+    ]
+    drawn = thetas_of(MixturePosterior(far), 6)
+    centres = [round((theta - posterior.mean).mean().item()) for theta in drawn]
+    assert sorted(centres) == [0, 0, 0, 1, 1, 1]  # each component its share, which six plain draws have about 1 time in 3
+    found = run(model, MixturePosterior(far), loader, num_samples=6)
+    assert torch.equal(found.mean, run(model, drawn, loader).mean)
+    ensemble = EmpiricalPosterior(drawn, posterior.layout)
+    assert torch.equal(run(model, ensemble, loader, num_samples=30).mean, found.mean)
+    assert torch.equal(
+        run(model, ensemble, loader, num_samples=3).sample_log_likelihood, found.sample_log_likelihood[1::2]
+    )
