@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from lowrank_bdl.curvature.fisher import FisherSums, fisher_sums
 from lowrank_bdl.curvature.scores import LABELS, Labels, resolve_scores
-from lowrank_bdl.errors import NonFiniteError
+from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.linalg.moments import first_unusable
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
@@ -92,7 +92,8 @@ class Laplace(ABC, Generic[PosteriorT]):
             The object itself.
 
         Raises:
-            ShapeError: If the loader is empty, or a batch is not ``(x, y)`` or does not fit the likelihood.
+            ShapeError: If the loader is empty, a batch is not ``(x, y)`` or does not fit the likelihood, or every
+                parameter would be fixed.
             NonFiniteError: If an output, the log-likelihood or a sum is not finite. After an error the earlier fit, if
                 any, still stands.
             ValueError: If ``weight_decay`` is not a positive number.
@@ -114,6 +115,11 @@ class Laplace(ABC, Generic[PosteriorT]):
             generator=generator,
             progress=progress,
         )
+        if not (sums.kronecker or sums.diagonal):
+            raise ShapeError(
+                f"No fully connected or convolution layer of the {len(self.layout.names)} parameters has a weight of "
+                "its own, and the others are to be fixed; expected at least one that varies. Use others='diagonal'."
+            )
         self._sums = sums
         if weight_decay is not None:
             self.prior_precision = sums.num_data * weight_decay
