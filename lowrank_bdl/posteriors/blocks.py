@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from linear_operator.operators import LinearOperator
 from torch import Tensor
 from typing_extensions import Self
 
@@ -13,35 +12,8 @@ from lowrank_bdl.errors import CheckpointError, ShapeError
 from lowrank_bdl.linalg.block_diagonal import BlockDiagonalLinearOperator
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.posteriors.gaussian import GaussianPosterior, check_same_parameters, kl_divergence, sample_size
+from lowrank_bdl.posteriors.parts import BLOCK, Block, means_of
 from lowrank_bdl.posteriors.storage import StoredPosterior, join_states, split_states
-
-
-class Block(Protocol):
-    """A Gaussian over a part of the weights; to be saved it must be a ``StoredPosterior`` too."""
-
-    @property
-    def mean(self) -> Tensor:
-        """The mean, shape ``(d,)`` [parameter]."""
-
-    @property
-    def stddev(self) -> Tensor:
-        """Marginal standard deviations, shape ``(d,)`` [parameter]."""
-
-    @property
-    def covariance(self) -> LinearOperator:
-        """The covariance, d x d [parameter²]."""
-
-    def sample(self, n: int = 1, generator: torch.Generator | None = None) -> Tensor:
-        """Draw, shape ``(n, d)``."""
-
-    def log_prob(self, theta: Tensor) -> Tensor:
-        """Return the log-density of ``theta``, shape ``(*S, d)``, as float64 of shape ``(*S,)`` [nat]."""
-
-    def entropy(self) -> Tensor:
-        """Return the differential entropy, a float64 scalar [nat]."""
-
-    def to(self, *args: Any, **kwargs: Any) -> "Block":
-        """Return the block on another device or in another dtype."""
 
 
 class BlockPosterior(StoredPosterior, kind="block posterior"):
@@ -85,14 +57,7 @@ class BlockPosterior(StoredPosterior, kind="block posterior"):
     ) -> None:
         if not blocks:
             raise ShapeError("a block posterior needs at least 1 block; got none.")
-        for number, block in enumerate(blocks):
-            lacking = [name for name in _BLOCK_METHODS if name not in dir(block)]
-            if lacking:
-                raise TypeError(f"block {number} is a {type(block).__name__}, which lacks {', '.join(lacking)}.")
-        means = [block.mean for block in blocks]
-        if any((mean.dtype, mean.device) != (means[0].dtype, means[0].device) for mean in means):
-            found = sorted({f"{mean.dtype} on {mean.device}" for mean in means})
-            raise TypeError(f"blocks must have one dtype and device; got {', '.join(found)}.")
+        means = means_of(blocks, "block", BLOCK)
         self._set(tuple(blocks), [mean.numel() for mean in means], layout, provenance)
 
     def _set(
@@ -266,9 +231,6 @@ class BlockPosterior(StoredPosterior, kind="block posterior"):
 
     def __repr__(self) -> str:
         return f"BlockPosterior(numel={self.slices[-1].stop}, blocks={len(self.slices)})"
-
-
-_BLOCK_METHODS = ("mean", "stddev", "covariance", "sample", "log_prob", "entropy", "to")
 
 
 class _Marginals(Sequence[GaussianPosterior]):

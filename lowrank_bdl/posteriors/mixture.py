@@ -6,7 +6,7 @@ Wilson and Izmailov, "Bayesian Deep Learning and a Probabilistic Perspective of 
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,29 +16,8 @@ from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
 from lowrank_bdl.posteriors.gaussian import sample_size
+from lowrank_bdl.posteriors.parts import COMPONENT, Component, means_of
 from lowrank_bdl.posteriors.storage import StoredPosterior, join_states, layout_difference, required, split_states
-
-
-class Component(Protocol):
-    """A posterior with a density: Gaussian, of independent blocks, or of your own."""
-
-    @property
-    def layout(self) -> ParameterLayout | None:
-        """What the vectors hold; None if unknown."""
-
-    @property
-    def mean(self) -> Tensor:
-        """The mean, shape ``(D,)`` [parameter]."""
-
-    @property
-    def stddev(self) -> Tensor:
-        """Marginal standard deviations, shape ``(D,)`` [parameter]."""
-
-    def sample(self, n: int = 1, generator: torch.Generator | None = None) -> Tensor:
-        """Draw, shape ``(n, D)``."""
-
-    def log_prob(self, theta: Tensor) -> Tensor:
-        """Return the log-density of ``theta``, shape ``(*S, D)``, as float64 of shape ``(*S,)`` [nat]."""
 
 
 class MixturePosterior(StoredPosterior, kind="mixture posterior"):
@@ -83,10 +62,7 @@ class MixturePosterior(StoredPosterior, kind="mixture posterior"):
     ) -> None:
         if not components:
             raise ShapeError("a mixture needs at least 1 component; got none.")
-        means = [_mean_of(number, component) for number, component in enumerate(components)]
-        if any((mean.dtype, mean.device) != (means[0].dtype, means[0].device) for mean in means):
-            found = sorted({f"{mean.dtype} on {mean.device}" for mean in means})
-            raise TypeError(f"components must have one dtype and device; got {', '.join(found)}.")
+        means = means_of(components, "component", COMPONENT)
         if any(mean.shape != means[0].shape for mean in means):
             raise ShapeError(f"components must have one length D; got {[mean.numel() for mean in means]}.")
         self.layout = _common_layout(components)
@@ -271,17 +247,6 @@ class MixturePosterior(StoredPosterior, kind="mixture posterior"):
     def __repr__(self) -> str:
         dim = self.components[0].mean.numel()
         return f"MixturePosterior(numel={dim}, components={len(self.components)})"
-
-
-_METHODS = ("layout", "mean", "stddev", "sample", "log_prob")
-
-
-def _mean_of(number: int, component: Component) -> Tensor:
-    """Return a component's mean, after checking that it is one."""
-    lacking = [name for name in _METHODS if name not in dir(component)]
-    if lacking:
-        raise TypeError(f"component {number} is a {type(component).__name__}, which lacks {', '.join(lacking)}.")
-    return component.mean
 
 
 def _common_layout(components: Sequence[Component]) -> ParameterLayout | None:

@@ -264,7 +264,7 @@ def test_refusals():
     block = GaussianPosterior.diagonal(torch.zeros(2), torch.ones(2))
     with pytest.raises(ShapeError, match="at least 1 block; got none"):
         BlockPosterior([])
-    with pytest.raises(TypeError, match="block 1 is a Linear, which lacks mean, stddev, covariance, sample"):
+    with pytest.raises(TypeError, match="block 1 is of class Linear, which lacks mean, stddev, sample, log_prob, cov"):
         BlockPosterior([block, nn.Linear(1, 1)])
     with pytest.raises(TypeError, match="one dtype and device; got torch.float32 on cpu, torch.float64 on cpu"):
         BlockPosterior([block, block.to(F64)])

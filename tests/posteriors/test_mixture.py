@@ -235,7 +235,7 @@ def test_refusals():
     posterior, _, _ = swag_posterior()
     with pytest.raises(ShapeError, match="at least 1 component; got none"):
         MixturePosterior([])
-    with pytest.raises(TypeError, match="component 1 is a EmpiricalPosterior, which lacks log_prob"):
+    with pytest.raises(TypeError, match="component 1 is of class EmpiricalPosterior, which lacks log_prob"):
         MixturePosterior([posterior, EmpiricalPosterior(torch.zeros(2, 13))])
     with pytest.raises(TypeError, match="one dtype and device; got torch.float32 on cpu, torch.float64 on cpu"):
         MixturePosterior([posterior, posterior.to(torch.float32)])

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lowrank_bdl.posteriors.gaussian import GaussianPosterior
+from lowrank_bdl.posteriors.storage import load_posterior
 from lowrank_bdl.posteriors.swag import SWAG
 
 D, K = 4_000_000, 8
@@ -68,3 +69,33 @@ def test_no_second_copy_of_the_deviations(stored, tmp_path):
             f"{step}: {peaks[step] / 2**20:.1f} MiB, at most {most / 2**20:.1f} expected"
         )
     assert storage > VECTOR + SLACK  # hence none of these limits would hide a second copy
+
+
+def test_blockwise_posterior_copies_no_deviations(tmp_path):
+    if not Path("/proc/self/status").exists():
+        pytest.skip("peaks are read from /proc")
+    limits = {"posterior": 2 * VECTOR, "sample": 2 * VECTOR, "save": 0, "load": K * VECTOR + 2 * VECTOR}
+
+    def measure_blocks(width):
+        model = nn.Sequential(*(nn.Linear(width, 500, bias=False) for _ in range(4)))
+        swag = SWAG(model, K)
+        for i in range(K + 2):
+            with torch.no_grad():
+                for layer in model:
+                    layer.weight.fill_(float(i))
+            swag.update_parameters(model)
+        peaks = {}
+        peaks["posterior"], posterior = peak(lambda: swag.posterior(blockwise=True))
+        peaks["sample"], draw = peak(lambda: posterior.sample(1))
+        del draw
+        peaks["save"], _ = peak(lambda: posterior.save(tmp_path / "p.safetensors"))
+        peaks["load"], loaded = peak(lambda: load_posterior(tmp_path / "p.safetensors"))
+        assert len(loaded.blocks) == 4 and loaded.mean.numel() == 2000 * width
+        return peaks
+
+    measure_blocks(1)
+    peaks = measure_blocks(D // 2000)
+    for step, most in limits.items():
+        assert peaks[step] <= most + SLACK, (
+            f"{step}: {peaks[step] / 2**20:.1f} MiB, at most {most / 2**20:.1f} expected"
+        )
