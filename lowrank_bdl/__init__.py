@@ -13,7 +13,9 @@ from lowrank_bdl.errors import (
 )
 
 # structured matrices
+from lowrank_bdl.linalg.block_diagonal import BlockDiagonalLinearOperator
 from lowrank_bdl.linalg.inverse import InverseLowRankPlusDiagLinearOperator
+from lowrank_bdl.linalg.kronecker import KroneckerSpectralLinearOperator
 from lowrank_bdl.linalg.lanczos import Eigenpairs, lanczos
 from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.moments import StreamingMoments
@@ -27,13 +29,22 @@ from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.memory_estimates import MemoryEstimate, estimate_memory
 
 # posteriors
+from lowrank_bdl.posteriors.blocks import BlockPosterior
+from lowrank_bdl.posteriors.empirical import EmpiricalPosterior
 from lowrank_bdl.posteriors.gaussian import GaussianPosterior, kl_divergence
+from lowrank_bdl.posteriors.laplace import DiagonalLaplace
+from lowrank_bdl.posteriors.laplace_kfac import KFACLaplace
+from lowrank_bdl.posteriors.mixture import MixturePosterior
+from lowrank_bdl.posteriors.noise import homoscedastic_noise, relative_noise
+from lowrank_bdl.posteriors.snapshots import WeightSnapshots
+from lowrank_bdl.posteriors.storage import StoredPosterior, load_posterior
 from lowrank_bdl.posteriors.swag import SWAG
 
 # prediction
 from lowrank_bdl.prediction import metrics
 from lowrank_bdl.prediction.predict import predict
 from lowrank_bdl.prediction.predictive import Predictive
+from lowrank_bdl.prediction.temperature import TemperatureScaling
 
 # training
 from lowrank_bdl.training import schedules
@@ -41,16 +52,23 @@ from lowrank_bdl.training import schedules
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockDiagonalLinearOperator",
+    "BlockPosterior",
     "CheckpointError",
     "DeviationBuffer",
+    "DiagonalLaplace",
     "Eigenpairs",
+    "EmpiricalPosterior",
     "FunctionalModel",
     "GaussianPosterior",
     "InverseLowRankPlusDiagLinearOperator",
+    "KFACLaplace",
+    "KroneckerSpectralLinearOperator",
     "LowRankBDLError",
     "LowRankPlusDiagLinearOperator",
     "MemoryEstimate",
     "MemoryLimitError",
+    "MixturePosterior",
     "MultivariateNormal",
     "NonFiniteError",
     "NotConvergedError",
@@ -60,14 +78,20 @@ __all__ = [
     "SWAG",
     "ShapeError",
     "StaleError",
+    "StoredPosterior",
     "StreamingMoments",
+    "TemperatureScaling",
+    "WeightSnapshots",
     "__version__",
     "estimate_memory",
+    "homoscedastic_noise",
     "kl_divergence",
     "lanczos",
+    "load_posterior",
     "metrics",
     "predict",
     "recalibrate_batch_norm",
     "recalibrate_batch_norm_",
+    "relative_noise",
     "schedules",
 ]
