@@ -488,7 +488,7 @@ def test_the_librarys_own_mixtures_and_ensembles():
     ]
     drawn = thetas_of(MixturePosterior(far), 6)
     centres = [round((theta - posterior.mean).mean().item()) for theta in drawn]
-    assert sorted(centres) == [0, 0, 0, 1, 1, 1]  # each component its share, which six plain draws have about 1 time in 3
+    assert sorted(centres) == [0, 0, 0, 1, 1, 1]  # its share each; plain draws: 1 time in 3
     found = run(model, MixturePosterior(far), loader, num_samples=6)
     assert torch.equal(found.mean, run(model, drawn, loader).mean)
     ensemble = EmpiricalPosterior(drawn, posterior.layout)
