@@ -199,5 +199,5 @@ def test_what_does_not_fit_on_the_disk_is_refused(
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000})())
     assert run(tmp_path / "run") == 2
-    assert "0.000158 GB are needed, and 1e-06 GB are free" in capsys.readouterr().err
+    assert "0.000156 GB are needed, and 1e-06 GB are free" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
