@@ -51,14 +51,18 @@ def layer_example_gradients(
     """
     if not layer.is_matrix:
         return _batch_norm_gradients(layer, calls, gradients, part)
-    left = torch.cat([layer_gradients(layer, gradient[part]) for gradient in gradients], dim=-1)
+    left = _joined([layer_gradients(layer, gradient[part]) for gradient in gradients])
     found = {}
     if layer.weight is not None:
-        right = torch.cat([layer_inputs(layer, call.inputs[part]) for call in calls], dim=-1)
+        right = _joined([layer_inputs(layer, call.inputs[part]) for call in calls])
         found[layer.weight] = (left @ right.mT).view(len(left), *layer.shape)
     if layer.bias is not None:
         found[layer.bias] = left.sum(-1).flatten(1)
     return found
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)  # cat copies even a single tensor
 
 
 def _batch_norm_gradients(

@@ -11,9 +11,11 @@ from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.posteriors.blocks import BlockPosterior
 from lowrank_bdl.posteriors.gaussian import GaussianPosterior
+from lowrank_bdl.posteriors.laplace import DiagonalLaplace
 from lowrank_bdl.posteriors.laplace_block import KroneckerGaussian
 from lowrank_bdl.posteriors.laplace_kfac import KFACLaplace
 from lowrank_bdl.posteriors.storage import load_posterior
+from lowrank_bdl.prediction.predict import predict
 from tests.curvature.cases import batches, build, categorical_hessians, jacobians, outputs_of
 from tests.oracles import assert_close
 from tests.statistical import assert_gaussian
@@ -164,6 +166,19 @@ def test_file(tmp_path):
     loaded = load_posterior(tmp_path / "laplace.safetensors", posterior.layout)
     assert loaded.provenance == posterior.provenance
     assert torch.equal(loaded.sample(3, generator()), posterior.sample(3, generator()))
+
+
+@pytest.mark.parametrize("laplace", [DiagonalLaplace, KFACLaplace])
+def test_predictions_average_over_the_posterior(laplace):
+    """Draws of a wide posterior disagree; a very precise prior gives the network's own predictions."""
+    net, x, y = build("residual", dtype=torch.float32)
+    fitted = laplace(net, labels="expected").fit(batches(x, y), progress=False)
+    own = outputs_of(net, x).softmax(-1)
+    options = {"num_samples": 20, "generator": generator(), "progress": False}
+    sharp = predict(net, fitted.posterior(1e12), [(x, y)], **options)
+    assert_close(sharp.mean, own, torch.float32, 10)
+    wide = predict(net, fitted.posterior(1.0), [(x, y)], **options)
+    assert sharp.mutual_information.max() < 1e-6 and wide.mutual_information.min() > 0.05
 
 
 def test_nothing_free():
