@@ -13,7 +13,7 @@ OPTIMIZERS = ("SGD", "Adam", "AdamW", *SAMPLERS)
 SCHEDULES = ("swag", "step", "cosine", "cyclical")
 LOSSES = ("CE", "adv_CE")
 REQUIRED: Any = dataclasses.MISSING
-ADDED = ("snapshots", "temperature", "vi", "vi_init_std", "prior_std")
+ADDED = ("snapshots", "temperature", "vi", "vi_init_std", "vi_std_lr", "prior_std")
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,21 @@ class Settings:
     epochs: int = setting(
         200, "epochs to train; a resumed run may have more, unless its schedule depends on them", free=True
     )
-    optimizer: str = setting("SGD", "optimizer; SGLD and SGHMC draw samples from the posterior", choices=OPTIMIZERS)
+    optimizer: str | None = setting(
+        None, "optimizer (default: SGD, of --vi Adam); SGLD and SGHMC draw samples from the posterior", kind=str,
+        choices=OPTIMIZERS,
+    )  # fmt: skip
     lr_init: float = setting(0.01, "learning rate of the first epochs")
     momentum: float = setting(0.9, "momentum of SGD and SGHMC")
     wd: float = setting(1e-4, "weight decay (decoupled for AdamW); the prior of SGLD, SGHMC and --vi")
     temperature: float = setting(1.0, "temperature of SGLD, SGHMC and --vi: 1 is the posterior, less a colder one")
     vi: bool = setting(False, "learn a mean and a standard deviation of every weight (mean-field VI)")
     vi_init_std: float = setting(0.01, "standard deviation of every weight to begin with (--vi)")
+    vi_std_lr: float | None = setting(
+        None,
+        "learning rate of the logarithms of standard deviations (--vi; default: 1 / steps in an epoch)",
+        kind=float,
+    )
     prior_std: float | None = setting(
         None,
         "standard deviation of the prior (--vi; default: (wd x training images)^-1/2, what --wd means)",
@@ -117,11 +125,13 @@ def identity(settings: Settings) -> dict[str, Any]:
 
 
 def check(settings: Settings) -> Settings:
-    """Refuse what cannot run.
+    """Refuse what cannot run; return the settings with the default optimizer filled in.
 
     Raises:
         SettingsError: Names the flag, its bounds and its value.
     """
+    if settings.optimizer is None:
+        settings = dataclasses.replace(settings, optimizer="Adam" if settings.vi else "SGD")
     at_least = dict(
         epochs=1, batch_size=1, num_workers=0, threads=0, swa_start=0, swa_c_epochs=1, collects_per_epoch=1, seed=0,
         max_num_models=1, num_samples=1, save_freq=1, checkpoint_freq=1, eval_freq=1, momentum=0, wd=0, epsilon=0,
@@ -131,7 +141,10 @@ def check(settings: Settings) -> Settings:
         value = getattr(settings, name)
         if value is not None and not least <= value < math.inf:
             raise SettingsError(f"--{name} must be at least {least}; got {value}")
-    for name in ("lr_init", "swa_lr", "scale", "prior_var", "grad_clip", "temperature", "vi_init_std", "prior_std"):
+    positive = (
+        "lr_init", "swa_lr", "scale", "prior_var", "grad_clip", "temperature", "vi_init_std", "vi_std_lr", "prior_std",
+    )  # fmt: skip
+    for name in positive:
         value = getattr(settings, name)
         if value is not None and not 0 < value < math.inf:
             raise SettingsError(f"--{name} must be positive; got {value}")
@@ -160,9 +173,16 @@ def _check_sampling(settings: Settings) -> None:
     if not settings.vi:
         if settings.prior_std is not None:
             raise SettingsError("--prior_std needs --vi; the prior of other runs is --wd, or --prior_var")
+        if settings.vi_std_lr is not None:
+            raise SettingsError("--vi_std_lr needs --vi, which has standard deviations")
         return
     if sampler:
         raise SettingsError(f"--vi learns a posterior and --optimizer {settings.optimizer} samples one; choose either")
+    if settings.optimizer == "SGD":
+        raise SettingsError(
+            "--vi needs --optimizer Adam or AdamW: the loss is per image, and with it the gradient of a standard "
+            "deviation so small that SGD leaves all of them where they begin"
+        )
     for name in ("swa", "ema", "polyak", "prior_var"):
         if getattr(settings, name):
             what = "has a prior of its own, --prior_std" if name == "prior_var" else "learns a posterior of its own"

@@ -35,7 +35,12 @@ def make_model(settings: Settings, data: Datasets, device: torch.device) -> nn.M
 
 
 def make_optimizer(settings: Settings, model: nn.Module, num_data: int) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
+    if isinstance(model, MeanFieldModel):
+        # Adam moves ρ, of a small deviation its logarithm, by up to this much a step: by default 1 an epoch.
+        rate = settings.vi_std_lr or min(settings.batch_size / num_data, 1.0)
+        means = [p for p in model.model.parameters() if p.requires_grad]
+        parameters = [{"params": means}, {"params": list(model.rho), "lr": rate}]
     # The prior of a variational run is in its loss. Noise comes from the global generators, which checkpoints hold.
     common: dict[str, Any] = dict(lr=settings.lr_init, weight_decay=0.0 if settings.vi else settings.wd)
     if settings.optimizer == "SGD":
@@ -45,7 +50,8 @@ def make_optimizer(settings: Settings, model: nn.Module, num_data: int) -> torch
     if settings.optimizer == "SGHMC":
         common |= dict(momentum=settings.momentum, temperature=settings.temperature)
         return SGHMC(parameters, num_data=num_data, **common)
-    return (torch.optim.Adam if settings.optimizer == "Adam" else torch.optim.AdamW)(parameters, **common)
+    kinds: dict[Any, type[torch.optim.Optimizer]] = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
+    return kinds[settings.optimizer](parameters, **common)
 
 
 def make_schedule(

@@ -27,7 +27,7 @@ CHAIN = "--lr_init 0.02 --no_schedule --swa --swa_start 1 --snapshots --collects
 KINDS = {
     "SGLD": ["--optimizer", "SGLD", *CHAIN],
     "SGHMC": ["--optimizer", "SGHMC", *CHAIN, "--temperature", "0.5"],
-    "vi": "--vi --vi_init_std 0.02 --lr_init 0.02 --no_schedule".split(),
+    "vi": "--vi --vi_init_std 0.02 --lr_init 0.002 --no_schedule".split(),
 }
 
 
@@ -101,17 +101,16 @@ def test_a_variational_run_reports_the_mean_and_draws(runs: Path) -> None:
     state = state_dict(runs / "vi")
     rho = torch.cat([value.flatten() for name, value in state.items() if name.startswith("rho.")])
     torch.testing.assert_close(posterior.stddev, softplus(rho), rtol=1e-5, atol=0)
-    assert posterior.stddev.std() > 0 and not (posterior.stddev - 0.02).abs().max() < 1e-6
+    std = posterior.stddev
+    assert std.median() > 3 * 0.02 and std.max() > 1.2 * std.min()  # they are learnt, each for itself
     log = [json.loads(line) for line in (runs / "vi" / "log.jsonl").read_text().splitlines()]
     assert all(record["nll"] < 5 < record["loss"] for record in log)  # the loss holds the divergence / N
 
 
 def test_a_variational_run_s_loss_is_its_bound(runs: Path, tmp_path: Path) -> None:
     """With a step of nothing the weights stay, and loss − NLL is T KL / N of the start, in closed form."""
-    flags = (
-        "--vi --vi_init_std 0.05 --prior_std 0.3 --temperature 0.25 --lr_init 1e-12 --epochs 1 --no_schedule".split()
-    )
-    assert run(tmp_path / "run", *flags, "--init_from", str(runs / "SGD")) == 0
+    flags = "--vi --vi_init_std 0.05 --prior_std 0.3 --temperature 0.25 --lr_init 1e-12 --vi_std_lr 1e-12".split()
+    assert run(tmp_path / "run", *flags, "--epochs", "1", "--init_from", str(runs / "SGD")) == 0
     record = json.loads((tmp_path / "run" / "log.jsonl").read_text())
     mean = read_weights(runs / "SGD" / "weights.safetensors").start.double()
     prior = lb.GaussianPosterior.diagonal(torch.zeros_like(mean), torch.full_like(mean, 0.09))
@@ -142,6 +141,18 @@ def test_with_include_the_other_parameters_are_those_of_the_last_iterate(tmp_pat
     assert chain.layout.names == ("15.weight", "15.bias")
     for name in weights.layout.names:
         assert torch.equal(last[name], swa[name]) != name.startswith("15.")
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "AdamW"])
+def test_an_epoch_can_move_a_standard_deviation_by_a_factor_of_e(optimizer: str, runs: Path, tmp_path: Path) -> None:
+    """Most weights of a network matter little: far below the prior, their σ grow as fast as the rate allows."""
+    flags = "--vi --vi_init_std 1e-4 --temperature 0.5 --lr_init 1e-9 --epochs 1 --no_schedule".split()
+    assert run(tmp_path / "run", *flags, "--optimizer", optimizer, "--init_from", str(runs / "SGD")) == 0
+    moved = lb.GaussianPosterior.load(tmp_path / "run" / "posterior.safetensors").stddev.div(1e-4).log()
+    assert moved.median().item() == pytest.approx(1.0, abs=0.05) and moved.max() < 1.5
+    assert run(tmp_path / "run", *flags, "--optimizer", optimizer, "--vi_std_lr", "0.01") == 0
+    slower = lb.GaussianPosterior.load(tmp_path / "run" / "posterior.safetensors").stddev.div(1e-4).log()
+    assert slower.median().item() == pytest.approx(0.06, abs=0.003)
 
 
 # ---- where they start ------------------------------------------------------------------------------------------------
@@ -208,7 +219,7 @@ def test_a_resume_with_another_posterior_is_refused(
 def test_runs_of_earlier_versions_can_still_be_resumed() -> None:
     """Their records do not know the new flags, which had their defaults then."""
     settings = Settings(dir="d", model="LeNet5")
-    new = ("snapshots", "temperature", "vi", "vi_init_std", "prior_std")
+    new = ("snapshots", "temperature", "vi", "vi_init_std", "vi_std_lr", "prior_std")
     old = {name: value for name, value in vars(settings).items() if name not in new}
     assert differences(settings, old) == "" and not set(new) & set(identity(settings))
     changed = Settings(dir="d", model="LeNet5", vi=True)
@@ -226,6 +237,9 @@ def test_runs_of_earlier_versions_can_still_be_resumed() -> None:
         ("--vi --temperature nan", "--temperature must be positive; got nan"),
         ("--temperature 0.5", "--temperature needs --optimizer SGLD or SGHMC, or --vi; got 0.5"),
         ("--optimizer SGHMC --momentum 1", "--momentum must be less than 1 for --optimizer SGHMC; got 1.0"),
+        ("--vi --optimizer SGD", "--vi needs --optimizer Adam or AdamW: the loss is per image"),
+        ("--vi --vi_std_lr 0", "--vi_std_lr must be positive; got 0.0"),
+        ("--vi_std_lr 0.1", "--vi_std_lr needs --vi, which has standard deviations"),
         ("--vi --vi_init_std 0", "--vi_init_std must be positive; got 0.0"),
         ("--vi --prior_std inf", "--prior_std must be positive; got inf"),
         ("--prior_std 1", "--prior_std needs --vi; the prior of other runs is --wd, or --prior_var"),
