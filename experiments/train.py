@@ -26,7 +26,7 @@ Examples:
   python -m experiments.train --dir runs/sgld --dataset digits --model SmallConvNet --epochs 20 --init_from runs/digits
       --optimizer SGLD --lr_init 0.01 --no_schedule --swa --swa_start 5 --snapshots
   python -m experiments.train --dir runs/vi --dataset digits --model SmallConvNet --epochs 20 --init_from runs/digits
-      --vi --vi_init_std 0.001 --lr_init 0.01
+      --vi --temperature 0.01 --lr_init 0.001
 
 Writes to --dir: checkpoint.safetensors, checkpoint-EPOCH.safetensors, posterior.safetensors (of --swa or --vi),
 snapshots.safetensors (of --snapshots), weights.safetensors (every weight vector that is compared, and the buffers of
