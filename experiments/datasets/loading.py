@@ -214,6 +214,17 @@ def read_test_images(name: str, data_path: str | None = None, limit: int | None 
     return pool if limit is None or limit >= n else pool.select(_fixed_order(n)[:limit])
 
 
+def read_training_labels(name: str, data_path: str | None = None) -> tuple[Tensor, tuple[str, ...]]:
+    """Read the labels (N,) of all official training images, in their order, and the names of the classes.
+
+    Raises:
+        SettingsError: If the data set is unknown, or its files are missing or damaged.
+    """
+    source = find_source(name)
+    pool = source.read(_folder(name, source, data_path), True)
+    return pool.targets, pool.class_names
+
+
 def _folder(name: str, source: Source, data_path: str | None) -> Path:
     if not source.fetch:
         return Path()
