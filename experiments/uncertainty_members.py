@@ -82,7 +82,8 @@ def flags_of(settings: Settings, kind: str, num_data: int) -> dict[str, Any]:
         "sghmc": dict(chain, optimizer="SGHMC"),
         "mfvi": dict(
             epochs=settings.vi_epochs, lr_init=settings.vi_lr, no_schedule=True, vi=True,
-            vi_init_std=settings.vi_init_std, prior_std=(num_data * settings.wd) ** -0.5,
+            vi_init_std=settings.vi_init_std, temperature=settings.temperature,
+            prior_std=(num_data * settings.wd) ** -0.5,
         ),
     }  # fmt: skip
     if kind in ("drop", "swagdrop"):

@@ -81,10 +81,10 @@ class Settings:
     chain_burn_in: int = setting(1, "SGLD, SGHMC: the first of these epochs, without snapshots")
     chain_snapshots: int = setting(4, "SGLD, SGHMC: snapshots an epoch")
     chain_lr: float = setting(0.01, "SGLD, SGHMC: step size")
-    temperature: float = setting(1.0, "SGLD, SGHMC: temperature; 1 is the Bayes posterior")
+    temperature: float = setting(1.0, "SGLD, SGHMC, MFVI: temperature; 1 is the Bayes posterior, less a colder one")
     vi_epochs: int = setting(5, "MFVI: epochs after the SWA run it starts from")
-    vi_lr: float = setting(0.01, "MFVI: learning rate")
-    vi_init_std: float = setting(1e-3, "MFVI: standard deviation of every weight to begin with")
+    vi_lr: float = setting(1e-3, "MFVI: learning rate of the means (Adam)")
+    vi_init_std: float = setting(0.01, "MFVI: standard deviation of every weight to begin with")
 
     num_samples: int = setting(30, "networks in a model average; of an ensemble all it has")
     scale: float | None = _chosen("SWAG: multiplies its covariance; 0.5 is the published law, 1.0 of SWAG-Diag")
