@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowrank_bdl.curvature.layers import Layer, LayerCall, layer_gradients, layer_inputs
 from lowrank_bdl.errors import NonFiniteError, ShapeError
+from lowrank_bdl.linalg.eigen import eigh_psd
 from lowrank_bdl.linalg.memory import require_memory
 
 _NUMBERS_AT_ONCE = 2**25
@@ -131,11 +132,7 @@ class KroneckerFactors:
             raise ShapeError(f"Layer {self.layer.name!r} must be called in the forward pass; it never was. Exclude it.")
         if not bool(self.gradient_sums.isfinite().all() & self.input_sums.isfinite().all()):
             raise NonFiniteError(f"Layer {self.layer.name!r} must have finite inputs and gradients; got others.")
-        left_values, left_vectors = torch.linalg.eigh(self.gradient_sums / self.count)
-        right_values, right_vectors = torch.linalg.eigh(self.input_sums)
-        return KroneckerCurvature(
-            self.layer, left_values.clamp_(min=0), left_vectors, right_values.clamp_(min=0), right_vectors
-        )
+        return KroneckerCurvature(self.layer, *eigh_psd(self.gradient_sums / self.count), *eigh_psd(self.input_sums))
 
 
 def _merged(rows: Tensor) -> Tensor:
