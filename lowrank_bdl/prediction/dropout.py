@@ -17,7 +17,9 @@ class DropoutMasks:
 
     Dropout layers are torch's (``Dropout``, ``Dropout1d`` to ``Dropout3d``, ``AlphaDropout``, ``FeatureAlphaDropout``
     and what is derived from them) with a rate above 0. They draw from torch's global generators, which are seeded for
-    the length of a forward pass and put back afterwards.
+    the length of a forward pass and put back afterwards. Torch's fused kernels for Transformer layers in evaluation
+    mode never call the dropout layers inside, and are off meanwhile; the rate of attention weights is no layer, and
+    stays off.
 
     Args:
         model: The network.
@@ -54,11 +56,14 @@ class DropoutMasks:
             None.
         """
         modes = [(layer, layer.training) for layer in self._layers]
+        fused = torch.backends.mha.get_fastpath_enabled()
         try:
+            torch.backends.mha.set_fastpath_enabled(False)  # else Transformer layers skip their dropout without a word
             for layer in self._layers:
                 layer.training = True
             yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
             for layer, training in modes:
                 layer.training = training
 

@@ -218,3 +218,24 @@ def test_masks_on_the_device_of_the_network(device):
     assert one.mean.device.type == device.type and torch.equal(one.sample_means, same.sample_means)
     assert not torch.equal(one.sample_means, run(model, posterior, loader, dropout=False).sample_means)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Attentive(nn.Module):
+    def __init__(self, stacked):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1) if stacked else layer
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.encoder(x).mean(1))
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["layer", "encoder"])
+def test_dropout_inside_transformer_layers(stacked):
+    """In evaluation mode torch's fused kernels take such a layer's place: they know no dropout, and no error either."""
+    model = seeded(lambda: Attentive(stacked))
+    weights = ParameterLayout.from_module(model).flatten(model)
+    found = run(model, weights, [torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(1))], num_samples=6)
+    assert bool((found.sample_means.std(0) > 1e-3).all())
+    assert torch.backends.mha.get_fastpath_enabled()
