@@ -31,6 +31,7 @@ def eigh_psd(matrices: Tensor) -> tuple[Tensor, Tensor]:
     used = flat.diagonal(dim1=-2, dim2=-1) > 0
     if bool(used.all()):
         values, vectors = _eigh(flat)
+        vectors = vectors.contiguous()  # as a file gives them back: products of another layout differ in the last bit
     else:
         values = torch.zeros_like(flat[..., 0])
         vectors = torch.zeros_like(flat)

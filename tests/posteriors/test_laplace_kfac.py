@@ -168,6 +168,16 @@ def test_file(tmp_path):
     assert torch.equal(loaded.sample(3, generator()), posterior.sample(3, generator()))
 
 
+def test_draws_of_wide_layers_are_those_of_their_file_to_the_last_bit(tmp_path):
+    """Products of matrices that lie otherwise in memory are rounded otherwise; small ones are not."""
+    net = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 3))
+    data = [(torch.randn(60, 40, generator=generator()), torch.arange(60) % 3)]
+    posterior = KFACLaplace(net, labels="expected").fit(data, weight_decay=0.1, progress=False).posterior()
+    posterior.save(tmp_path / "laplace.safetensors")
+    loaded = load_posterior(tmp_path / "laplace.safetensors")
+    assert torch.equal(loaded.sample(9, generator(1)), posterior.sample(9, generator(1)))
+
+
 @pytest.mark.parametrize("laplace", [DiagonalLaplace, KFACLaplace])
 def test_predictions_average_over_the_posterior(laplace):
     """Draws of a wide posterior disagree; a very precise prior gives the network's own predictions."""
