@@ -106,8 +106,9 @@ class KroneckerGaussian(StoredPosterior, kind="kronecker gaussian"):
         if theta.ndim == 0 or theta.shape[-1] != size:
             raise ShapeError(f"theta must have shape (*S, {size}); got {tuple(theta.shape)}.")
         rows = (theta.double() - self.mean.double()).reshape(-1, size)
-        quadratic = self.covariance.inv_quad(rows.mT, reduce_inv_quad=False).view(theta.shape[:-1])
-        return -0.5 * (quadratic + self.covariance.logdet() + size * LOG_2PI)
+        # linear_operator's Kronecker products refuse zero columns
+        quadratic = self.covariance.inv_quad(rows.mT, reduce_inv_quad=False) if len(rows) else rows.sum(-1)
+        return -0.5 * (quadratic.view(theta.shape[:-1]) + self.covariance.logdet() + size * LOG_2PI)
 
     def entropy(self) -> Tensor:
         """Return the differential entropy, a float64 scalar [nat]. Cost: O(d)."""

@@ -42,6 +42,7 @@ def test_density_entropy_deviation_and_divergence(dtype):
     for values in (theta, theta[0, 0]):
         assert_close(ours.log_prob(values), dense(ours).log_prob(values.double()), cond=100)
     assert ours.log_prob(theta).dtype == torch.float64
+    assert ours.log_prob(theta[:0]).shape == (0, 5) and block(has_bias=False).log_prob(theta[:0, 0]).shape == (0,)
     assert_close(ours.entropy(), dense(ours).entropy(), cond=10)
     assert_close(ours.stddev, dense(ours).stddev, dtype, 10)
     assert_close(kl_divergence(ours, other), dense_divergence(dense(ours), dense(other)), cond=100)
