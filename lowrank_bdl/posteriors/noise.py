@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from lowrank_bdl.parameters.layout import ParameterLayout
@@ -12,7 +13,7 @@ def homoscedastic_noise(mean: Tensor, std: float, layout: ParameterLayout | None
     r"""Return :math:`N(m, \sigma^2 I)`: the same noise on every weight.
 
     Args:
-        mean: :math:`m`, the weights, shape ``(D,)`` [parameter].
+        mean: :math:`m`, the weights, shape ``(D,)``; taken as float32 where they are narrower [parameter].
         std: :math:`\sigma > 0` [parameter].
         layout: Names and shapes of the weights.
 
@@ -23,12 +24,11 @@ def homoscedastic_noise(mean: Tensor, std: float, layout: ParameterLayout | None
     Source: the HomoNoise baseline in the code of Maddox et al. (2019), there with std 0.01.
 
     Example:
-        >>> import torch
         >>> homoscedastic_noise(torch.tensor([1.0, -2.0]), 0.5).stddev
         tensor([0.5000, 0.5000])
     """
     _check(std, "std")
-    variance = mean.new_full(mean.shape, std**2)
+    variance = torch.full_like(mean, std**2, dtype=_at_least_single(mean))
     return GaussianPosterior.diagonal(mean, variance, layout, {"source": "homoscedastic noise", "std": std})
 
 
@@ -38,7 +38,7 @@ def relative_noise(mean: Tensor, fraction: float, layout: ParameterLayout | None
     Its covariance is :math:`\mathrm{diag}((c w)^2)`; weights that are zero are point masses.
 
     Args:
-        mean: :math:`w`, the weights, shape ``(D,)`` [parameter].
+        mean: :math:`w`, the weights, shape ``(D,)``; taken as float32 where they are narrower [parameter].
         fraction: :math:`c > 0`.
         layout: Names and shapes of the weights.
 
@@ -47,13 +47,16 @@ def relative_noise(mean: Tensor, fraction: float, layout: ParameterLayout | None
         NonFiniteError: If a weight is not finite.
 
     Example:
-        >>> import torch
         >>> relative_noise(torch.tensor([1.0, -2.0, 0.0]), 0.25).stddev
         tensor([0.2500, 0.5000, 0.0000])
     """
     _check(fraction, "fraction")
-    variance = (mean * fraction).square()
+    variance = (mean.to(_at_least_single(mean)) * fraction).square()
     return GaussianPosterior.diagonal(mean, variance, layout, {"source": "relative noise", "fraction": fraction})
+
+
+def _at_least_single(mean: Tensor) -> torch.dtype:
+    return torch.promote_types(mean.dtype, torch.float32)
 
 
 def _check(value: float, name: str) -> None:

@@ -55,3 +55,12 @@ def test_provenance_layout_and_refusals(make, name):
         make(torch.tensor([0.0, 1.0, math.inf]), 0.1)
     with pytest.raises(ShapeError, match="layout has 13 coordinates"):
         make(torch.ones(3), 0.1, layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_weights_are_taken_as_float32(dtype):
+    weights = torch.tensor([1.0, -2.0, 0.5], dtype=dtype)
+    same, relative = homoscedastic_noise(weights, 0.01), relative_noise(weights, 0.01)
+    assert same.mean.dtype == relative.mean.dtype == torch.float32
+    assert_close(same.stddev, torch.full((3,), 0.01).double(), torch.float32, 10)
+    assert_close(relative.stddev, 0.01 * weights.double().abs(), torch.float32, 10)
