@@ -83,7 +83,9 @@ class Laplace(ABC, Generic[PosteriorT]):
         mode with its batch-norm statistics as they are stored, and is not changed.
 
         Args:
-            loader: Batches ``(x, y)``: the training data, without augmentation.
+            loader: Batches ``(x, y)``: the training data, every example once, for N to be their number. Of data that
+                are augmented at random the sums are estimates, from one version of each example, of the expected
+                curvature that training saw; of data as they are, :attr:`log_likelihood` is that of the labels.
             weight_decay: The w of training; sets :attr:`prior_precision` to N·w.
             generator: Source of the labels with ``labels="sampled"``; None means torch's default generator.
             progress: Show a progress bar.
