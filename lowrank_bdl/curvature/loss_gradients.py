@@ -1,0 +1,174 @@
+"""Gradients of a loss at the present weights: of a mini-batch's mean, or of each of its examples."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lowrank_bdl.curvature.kronecker_factors import example_chunks
+from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.parameters.functional import CallFn, StatelessModel, evaluation_mode, to_device
+from lowrank_bdl.parameters.layout import ParameterLayout
+
+LossFn: TypeAlias = Callable[[Any, Any], Tensor]
+Reduction: TypeAlias = Literal["mean", "sum"]
+BatchNormMode: TypeAlias = Literal["eval", "train"]
+
+
+@contextmanager
+def batch_norm_mode(model: nn.Module, mode: BatchNormMode) -> Iterator[nn.Module]:
+    """Put a network into evaluation mode, and its batch-norm layers into ``mode``, for the length of a ``with`` block.
+
+    Args:
+        model: The network; every flag is set back on leaving.
+        mode: ``"eval"`` normalises by the stored statistics, ``"train"`` by those of the batch.
+
+    Yields:
+        The same module.
+
+    Example:
+        >>> net = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
+        >>> with batch_norm_mode(net.eval(), "train"):
+        ...     print(net[0].training, net[1].training)
+        True False
+    """
+    with evaluation_mode(model):
+        for module in model.modules():
+            if mode == "train" and isinstance(module, _BatchNorm):
+                module.training = True
+        yield model
+
+
+class LossGradients:
+    """Gradients of ``loss_fn(model(x), y)`` with respect to some of a network's weights, as flat vectors.
+
+    The network is not changed: dropout is off, batch norm is in the mode asked for, and what a forward pass writes
+    into buffers is dropped. Inference mode must be off.
+
+    Args:
+        model: The network.
+        layout: With respect to which parameters.
+        loss_fn: ``loss_fn(outputs, targets)`` gives a scalar.
+        reduction: Whether that is the mean or the sum over the examples of a batch.
+        bn_mode: See `batch_norm_mode`.
+        call_fn: ``call_fn(model, batch)`` gives the outputs; None calls ``model(x)``.
+
+    Example:
+        >>> net = nn.Linear(2, 1, bias=False)
+        >>> gradients = LossGradients(net, ParameterLayout.from_module(net), lambda f, y: (f - y).mean())
+        >>> gradients.of_batch((torch.tensor([[1.0, 2.0], [3.0, 6.0]]), torch.zeros(2, 1)), 2)
+        tensor([2., 4.])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: ParameterLayout,
+        loss_fn: LossFn,
+        *,
+        reduction: Reduction = "mean",
+        bn_mode: BatchNormMode = "eval",
+        call_fn: CallFn | None = None,
+    ) -> None:
+        for name, value, known in (("reduction", reduction, ("mean", "sum")), ("bn_mode", bn_mode, ("eval", "train"))):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
+        self.model, self.layout, self.loss_fn = model, layout, loss_fn
+        self.reduction, self.bn_mode = reduction, bn_mode
+        self._network = StatelessModel(model, call_fn)
+        self._vectorize = True
+
+    def split(self, batch: Any) -> tuple[Any, Any, int]:
+        """Return a batch ``(x, y)`` on the model's device, and its number of examples, the length of y.
+
+        Raises:
+            ShapeError: If the batch is not ``(x, y)``, or y is no tensor with at least one example.
+        """
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            form = type(batch).__name__ + (f" of {len(batch)} entries" if hasattr(batch, "__len__") else "")
+            raise ShapeError(f"A batch must be (x, y): the loss needs targets; got {form}.")
+        device = self._network.device
+        inputs, targets = batch if device is None else (to_device(part, device) for part in batch)
+        if not isinstance(targets, Tensor) or targets.ndim == 0 or len(targets) == 0:
+            form = str(tuple(targets.shape)) if isinstance(targets, Tensor) else type(targets).__name__
+            raise ShapeError(f"Targets must be a tensor with at least one example on the first axis; got {form}.")
+        if isinstance(inputs, Tensor) and inputs.is_inference():  # autograd cannot save it
+            inputs = inputs.clone()
+        return inputs, targets.clone() if targets.is_inference() else targets, len(targets)
+
+    def of_batch(self, batch: tuple[Any, Tensor], size: int) -> Tensor:
+        """Return the gradient of the mean loss of a batch, shape ``(D,)``.
+
+        Args:
+            batch: ``(x, y)`` as :meth:`split` gives it.
+            size: Its number of examples.
+
+        Raises:
+            ShapeError: If the loss is no scalar, or does not depend on the weights.
+
+        Cost: a forward and a backward pass.
+        """
+        with batch_norm_mode(self.model, self.bn_mode), torch.enable_grad():
+            weights = {name: weight.requires_grad_() for name, weight in self._weights().items()}
+            loss = self._loss(weights, *batch)
+            if not loss.requires_grad:
+                raise ShapeError(f"The loss must depend on the {len(weights)} parameters given; it does not.")
+            found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        named = {
+            name: torch.zeros_like(weight) if gradient is None else gradient
+            for (name, weight), gradient in zip(weights.items(), found, strict=True)
+        }
+        flat = self.layout.flatten(named)
+        return flat.div_(size) if self.reduction == "sum" else flat
+
+    def of_examples(self, batch: tuple[Any, Tensor]) -> Iterator[Tensor]:
+        """Yield the gradients of each example's loss, shape ``(B, D)`` with B bounded by memory.
+
+        Args:
+            batch: ``(x, y)`` as :meth:`split` gives it, x a tensor with the examples on the first axis.
+
+        Raises:
+            ShapeError: If x is no such tensor, or the loss of an example is no scalar.
+
+        Cost: a forward and a backward pass, several examples at once by ``vmap`` where every operation has a batching
+        rule.
+        """
+        inputs, targets = batch
+        if not isinstance(inputs, Tensor) or inputs.ndim == 0 or len(inputs) != len(targets):
+            form = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise ShapeError(f"Gradients an example need inputs in one tensor of {len(targets)} examples; got {form}.")
+        weights = self._weights()
+        for part in example_chunks(len(targets), self.layout.numel):
+            with batch_norm_mode(self.model, self.bn_mode):
+                named = self._examples(weights, inputs[part], targets[part])
+            yield self.layout.flatten(named)
+
+    def _weights(self) -> dict[str, Tensor]:
+        return dict(zip(self.layout.names, (p.detach() for p in self.layout.parameters_of(self.model)), strict=True))
+
+    def _loss(self, weights: Mapping[str, Tensor], inputs: Any, targets: Any) -> Tensor:
+        loss = self.loss_fn(self._network(weights, (inputs, targets)), targets)
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
+            form = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ShapeError(f"loss_fn must return a scalar tensor, the {self.reduction} over the batch; got {form}.")
+        return loss
+
+    def _example_loss(self, weights: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+        return self._loss(weights, inputs.unsqueeze(0), targets.unsqueeze(0))
+
+    def _examples(self, weights: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
+        one = grad(self._example_loss)
+        if self._vectorize:
+            try:
+                result: dict[str, Tensor] = vmap(one, in_dims=(None, 0, 0))(weights, inputs, targets)
+                return result
+            except ShapeError:
+                raise
+            except (RuntimeError, ValueError):  # an operation without a batching rule, such as a recurrent layer
+                self._vectorize = False
+        each = [one(weights, x, y) for x, y in zip(inputs, targets, strict=True)]
+        return {name: torch.stack([gradients[name] for gradients in each]) for name in weights}
