@@ -386,6 +386,43 @@ class GradientCovariance:
         shares = covariance.project(columns.to(covariance.dtype)).square().sum(0) / squares / trace
         return shares.reshape(directions.shape[1:])
 
+    def overlap(self, covariance: LowRankPlusDiagLinearOperator) -> float:
+        r"""Return :math:`\mathrm{tr}(V \Sigma) / (|V| |\Sigma|)`, how alike V and a covariance of the weights are.
+
+        1 for proportional matrices, 0 for those of orthogonal ranges; the norms are Frobenius'. V is
+        :attr:`covariance`, whose correlations fade beyond K + 1 gradients: compare at T <= K + 1.
+
+        Args:
+            covariance: (D, D), such as ``swag.posterior().covariance``; its scale plays no part.
+
+        Returns:
+            In [0, 1].
+
+        Raises:
+            ShapeError: If it is not (D, D).
+            ValueError: If one of the two is zero, or fewer than 2 gradients were collected.
+
+        Cost: K products with each of the two, and the rank of the other with itself.
+        """
+        numel = self.layout.numel
+        if covariance.shape != (numel, numel):
+            raise ShapeError(f"covariance must have shape {(numel, numel)}; got {tuple(covariance.shape)}.")
+        own = self.covariance
+        norms = [math.sqrt(_inner(each, each)) for each in (own, covariance)]
+        if not all(norms):
+            raise ValueError("an overlap needs two covariances that are not zero; got one that is.")
+        return _inner(own, covariance) / norms[0] / norms[1]
+
+
+@torch.no_grad()
+def _inner(left: LowRankPlusDiagLinearOperator, right: LowRankPlusDiagLinearOperator) -> float:
+    """Return the trace of the product: of a diagonal and a low-rank part, each a sum of nothing negative."""
+    total = float(left.diag.double() @ right.diagonal().double())
+    for column in torch.eye(left.rank, dtype=torch.float64, device=left.device):
+        vector = left.lift(column[:, None])
+        total += float((vector.double() * right.matmul(vector.to(right.dtype)).double()).sum())
+    return total
+
 
 def first_difference(reference: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> str | None:
     """Return the name of the first tensor that differs in value, shape, dtype or device, or None; one host sync.

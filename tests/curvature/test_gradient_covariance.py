@@ -16,6 +16,7 @@ from lowrank_bdl.curvature.gradient_covariance import GradientCovariance
 from lowrank_bdl.errors import MemoryLimitError, NonFiniteError, NotPSDError, ShapeError, StaleError
 from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
 from lowrank_bdl.parameters.layout import ParameterLayout
+from lowrank_bdl.posteriors.swag import SWAG
 from tests.curvature.cases import batches, build
 from tests.oracles import assert_close
 
@@ -197,6 +198,30 @@ def test_alignment_refuses_what_is_no_direction():
         noise.alignment(torch.zeros(28))
     with pytest.raises(ValueError, match="needs rank >= 1; got rank 0"):
         collect(net, batches(x, y, SIZES), rank=0).alignment(torch.ones(28))
+
+
+@pytest.mark.parametrize("rank", [0, 2, 10])
+def test_overlap_with_the_covariance_of_the_iterates(rank):
+    net, x, y = build("mlp", count=sum(SIZES))
+    noise = collect(net, batches(x, y, SIZES), rank=rank)
+    generator = torch.Generator().manual_seed(5)
+    swag = SWAG(net, rank=3)
+    layout = swag.layout
+    start = layout.flatten(net)
+    for _ in range(4):
+        layout.assign_(net, start + torch.randn(28, dtype=torch.float64, generator=generator))
+        swag.update_parameters(net)
+    other = swag.posterior().covariance
+    own, dense = noise.covariance.to_dense(), other.to_dense()
+    expected = (own * dense).sum() / own.norm() / dense.norm()
+    assert 0.05 < expected < 0.95
+    assert_close(torch.tensor(noise.overlap(other), dtype=torch.float64), expected)
+    assert noise.overlap(noise.covariance * 3.0) == pytest.approx(1.0, rel=1e-12)
+    with pytest.raises(ShapeError, match=r"covariance must have shape \(28, 28\); got \(2, 2\)"):
+        noise.overlap(LowRankPlusDiagLinearOperator(torch.ones(2, 1), torch.ones(2)))
+    zero = LowRankPlusDiagLinearOperator(torch.zeros(28, 1).double(), torch.zeros(28).double())
+    with pytest.raises(ValueError, match="two covariances that are not zero"):
+        noise.overlap(zero)
 
 
 # ---- fixed weights ---------------------------------------------------------------------------------------------------
