@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.parameters.layout import ParameterLayout
@@ -108,7 +109,8 @@ class _Caller(nn.Module):
 class StatelessModel:
     """A module evaluated with named tensors in place of its own; what it owns stays as it is.
 
-    Buffers are handed over as copies, so whatever a forward pass writes into them is dropped.
+    Buffers are handed over as copies, so whatever a forward pass writes into them is dropped. So is the batch at the
+    first call; if the network wrote into that (normalised it in place, say), at every call, for all to see one input.
 
     Args:
         model: Any module.
@@ -129,6 +131,7 @@ class StatelessModel:
         self.model = model
         self.device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), None)
         self._caller = _Caller(model, call_on_inputs if call_fn is None else call_fn)
+        self._writes_inputs: bool | None = None  # None until the first call has shown it
 
     def __call__(
         self, parameters: Mapping[str, Tensor], batch: Any, buffers: Mapping[str, Tensor] | None = None
@@ -156,9 +159,15 @@ class StatelessModel:
                 )
             tensors[f"model.{name}"] = value.to(own, copy=True)
         tensors.update((f"model.{name}", value) for name, value in parameters.items())
-        return functional_call(
-            self._caller, tensors, (batch if self.device is None else to_device(batch, self.device),)
-        )
+        if self.device is not None:
+            batch = to_device(batch, self.device)
+        if self._writes_inputs is not False:
+            batch = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
+        output = functional_call(self._caller, tensors, (batch,))
+        if self._writes_inputs is None:  # tensors of inference mode do not count what is written
+            leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+            self._writes_inputs = any(leaf.is_inference() or leaf._version > 0 for leaf in leaves)
+        return output
 
 
 class FunctionalModel:

@@ -186,3 +186,24 @@ def test_to_device_keeps_the_structure():
     assert moved["a"][1] == "text" and moved["b"].y[1] is None and moved["c"] == 3
     assert isinstance(moved["b"], Pair) and isinstance(moved["b"].y, tuple) and isinstance(moved["a"], list)
     assert x.device.type == "cpu"
+
+
+class Normalising(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.layer(x.mul_(2))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_network_that_writes_into_its_inputs_sees_the_same_ones_at_every_call(inference):
+    model, inputs = Normalising(), torch.arange(6.0).view(2, 3)
+    with torch.inference_mode(inference):
+        x = inputs.clone()
+        network = FunctionalModel(model)
+        theta = network.layout.flatten(model)
+        for _ in range(3):
+            assert torch.equal(network(theta, (x, torch.zeros(2))), model.layer(2 * inputs))
+    assert torch.equal(x, inputs)
