@@ -202,6 +202,9 @@ class KroneckerSpectralLinearOperator(LinearOperator):
         """
         value = log_determinant = torch.zeros((), dtype=torch.float64, device=self.device)
         if inv_quad_rhs is not None:
+            if inv_quad_rhs.ndim not in (1, 2) or len(inv_quad_rhs) != self.shape[-1]:
+                found = tuple(inv_quad_rhs.shape)
+                raise ShapeError(f"the right-hand side must have {self.shape[-1]} rows; got {found}.")
             columns = inv_quad_rhs.double().reshape(len(inv_quad_rhs), -1)
             turned = self.basis.mT @ self._gather(columns)  # a sum of squares: nothing cancels
             value = (turned.square() / self.eigenvalues.flatten(1).unsqueeze(-1)).sum((0, 1))

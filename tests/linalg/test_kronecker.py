@@ -204,6 +204,10 @@ def test_refusals(monkeypatch):
         build(right, left, values)
     with pytest.raises(ShapeError, match=r"m > 1 with a bias; got"):
         build(left, right[:, :1, :1], values[..., :1], has_bias=True)
+    size = sigma.shape[-1]
+    for shape in [(size + 1,), (size + 1, 2), (2, size, 1)]:
+        with pytest.raises(ShapeError, match=rf"the right-hand side must have {size} rows; got \({shape[0]},"):
+            sigma.inv_quad(torch.zeros(shape))
     with pytest.raises(NotPSDError, match=r"positive numbers; got a minimum of 0.000e\+00"):
         build(left, right, torch.zeros_like(values))
     with pytest.raises(NotPSDError, match=r"positive numbers; got a minimum of nan"):
