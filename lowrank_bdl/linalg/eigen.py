@@ -47,7 +47,7 @@ def eigh_psd(matrices: Tensor) -> tuple[Tensor, Tensor]:
 def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = torch.linalg.eigh(matrices)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, but not in __all__
         vectors, values, _ = torch.linalg.svd(matrices)
         values, vectors = values.flip(-1), vectors.flip(-1)
     return values, vectors
