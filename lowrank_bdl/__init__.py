@@ -28,6 +28,9 @@ from lowrank_bdl.parameters.functional import FunctionalModel
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.memory_estimates import MemoryEstimate, estimate_memory
 
+# curvature
+from lowrank_bdl.curvature.gradient_covariance import GradientCovariance
+
 # posteriors
 from lowrank_bdl.posteriors.blocks import BlockPosterior
 from lowrank_bdl.posteriors.empirical import EmpiricalPosterior
@@ -61,6 +64,7 @@ __all__ = [
     "EmpiricalPosterior",
     "FunctionalModel",
     "GaussianPosterior",
+    "GradientCovariance",
     "InverseLowRankPlusDiagLinearOperator",
     "KFACLaplace",
     "KroneckerSpectralLinearOperator",
