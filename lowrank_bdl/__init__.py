@@ -1,6 +1,8 @@
 """Bayesian deep learning on structured linear algebra: the covariance of the weights is low-rank plus diagonal."""
 
 # errors
+# curvature
+from lowrank_bdl.curvature.gradient_covariance import GradientCovariance
 from lowrank_bdl.errors import (
     CheckpointError,
     LowRankBDLError,
@@ -27,9 +29,6 @@ from lowrank_bdl.parameters.batch_norm import recalibrate_batch_norm, recalibrat
 from lowrank_bdl.parameters.functional import FunctionalModel
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.memory_estimates import MemoryEstimate, estimate_memory
-
-# curvature
-from lowrank_bdl.curvature.gradient_covariance import GradientCovariance
 
 # posteriors
 from lowrank_bdl.posteriors.blocks import BlockPosterior
