@@ -1,8 +1,9 @@
 """Bayesian deep learning on structured linear algebra: the covariance of the weights is low-rank plus diagonal."""
 
-# errors
 # curvature
 from lowrank_bdl.curvature.gradient_covariance import GradientCovariance
+
+# errors
 from lowrank_bdl.errors import (
     CheckpointError,
     LowRankBDLError,
