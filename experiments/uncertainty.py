@@ -44,7 +44,7 @@ from experiments.uncertainty_cells import ImageSets, finished_cell, run_cell
 from experiments.uncertainty_members import TrainSettings, dropout_twin
 from experiments.uncertainty_methods import Bench
 from experiments.uncertainty_report import Cells
-from experiments.uncertainty_settings import Settings, check, seeds_of
+from experiments.uncertainty_settings import Settings, check, names, seeds_of
 from experiments.uncertainty_sources import Networks, Trained, image_sets, limited, open_networks
 
 PROG = "python -m experiments.uncertainty"
@@ -131,12 +131,14 @@ def notes_of(
     if {"SGLD", "SGHMC"} & set(cells):
         notes.append(
             f"SGLD and SGHMC start from the SWA run: {settings.chain_epochs} epochs at step size {settings.chain_lr:g} "
-            f"and temperature {settings.temperature:g}, the first {settings.chain_burn_in} without snapshots."
+            f"and temperature {' or '.join(names(settings.temperature))}, the first {settings.chain_burn_in} without "
+            "snapshots."
         )
     if "MFVI" in cells:
         notes.append(
-            f"MFVI starts from the SWA run: {settings.vi_epochs} epochs at rate {settings.vi_lr:g}. Its prior, like "
-            "that of Laplace to begin with and of the chains, is what weight decay means: precision images x wd."
+            f"MFVI starts from the SWA run: {settings.vi_epochs} epochs at rate {settings.vi_lr:g}, at the same "
+            "temperatures. Its prior, like that of Laplace to begin with and of the chains, is what weight decay "
+            "means: precision images x wd."
         )
     if {"Dropout", "SWAG-Dropout"} & set(cells):
         notes.append(f"Dropout and SWAG-Dropout are of {dropout_twin(settings)}, trained with dropout.")

@@ -1,6 +1,5 @@
 """The training runs that a comparison needs: ordinary runs of `experiments.train`, and finished ones opened again."""
 
-import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from experiments import train, train_settings
 from experiments.common import SettingsError, differences
 from experiments.datasets import Datasets
 from experiments.train_setup import make_trainer, network, try_model
-from experiments.uncertainty_settings import SHARED, Settings
+from experiments.uncertainty_settings import SHARED, Settings, temperatures_of
 from lowrank_bdl.models import MODELS
 
 TrainSettings = train_settings.Settings
 SEEDS_APART = 100  # member m of seed s is trained with seed 100 s + m: no two seeds share a network
-STARTS_FROM = {"sgld": "swag", "sghmc": "swag", "mfvi": "swag"}
+STARTS_FROM = {"sgld": "swag", "sghmc": "swag", "mfvi": "swag"}  # the tempered kinds
 PRINTED_SAMPLES = 2  # of the table that each training run ends with; the comparison draws its own
 
 
@@ -30,24 +29,34 @@ class RunName:
     """One training run of a comparison.
 
     Attributes:
-        kind: A key of `flags_of`.
+        kind: What is trained; see `flags_of`.
         seed: Of the comparison.
         member: Number in the ensemble, from 0.
+        temperature: Of a kind in `STARTS_FROM`; 1 is the Bayes posterior.
     """
 
     kind: str
     seed: int
     member: int = 0
+    temperature: float = 1.0
 
     @property
     def folder(self) -> str:
-        return f"{self.kind}-seed{self.seed}-member{self.member}"
+        colder = "" if self.temperature == 1 else f"-temperature{self.temperature:g}"
+        return f"{self.kind}{colder}-seed{self.seed}-member{self.member}"
 
     @property
     def start(self) -> "RunName | None":
         """The run whose weights this one starts from."""
         kind = STARTS_FROM.get(self.kind)
-        return None if kind is None else dataclasses.replace(self, kind=kind)
+        return None if kind is None else RunName(kind, self.seed, self.member)
+
+
+def names_of(settings: Settings, kind: str, seed: int, many: bool) -> list[RunName]:
+    """Name the runs of a kind: one, or all members of an ensemble; of a tempered kind one at each temperature."""
+    if kind in STARTS_FROM:
+        return [RunName(kind, seed, temperature=value) for value in temperatures_of(settings)]
+    return [RunName(kind, seed, member) for member in range(settings.members if many else 1)]
 
 
 def dropout_twin(settings: Settings) -> str:
@@ -65,11 +74,12 @@ def dropout_twin(settings: Settings) -> str:
     return twin
 
 
-def flags_of(settings: Settings, kind: str, num_data: int) -> dict[str, Any]:
-    """Return what a kind of run has of its own beside the shared recipe."""
+def flags_of(settings: Settings, name: RunName, num_data: int) -> dict[str, Any]:
+    """Return what a run has of its own beside the shared recipe, seed and folder."""
+    kind = name.kind
     chain = dict(
         epochs=settings.chain_epochs, swa=True, swa_start=settings.chain_burn_in, snapshots=True, no_schedule=True,
-        collects_per_epoch=settings.chain_snapshots, lr_init=settings.chain_lr, temperature=settings.temperature,
+        collects_per_epoch=settings.chain_snapshots, lr_init=settings.chain_lr, temperature=name.temperature,
     )  # fmt: skip
     kinds: dict[str, dict[str, Any]] = {
         "sgd": {},
@@ -82,7 +92,7 @@ def flags_of(settings: Settings, kind: str, num_data: int) -> dict[str, Any]:
         "sghmc": dict(chain, optimizer="SGHMC"),
         "mfvi": dict(
             epochs=settings.vi_epochs, lr_init=settings.vi_lr, no_schedule=True, vi=True,
-            vi_init_std=settings.vi_init_std, temperature=settings.temperature,
+            vi_init_std=settings.vi_init_std, temperature=name.temperature,
             prior_std=(num_data * settings.wd) ** -0.5,
         ),
     }  # fmt: skip
@@ -109,7 +119,7 @@ def member_settings(settings: Settings, name: RunName, folder: Path, num_data: i
         dir=str(folder / name.folder), model=settings.model, seed=SEEDS_APART * name.seed + name.member, resume="auto",
         num_samples=PRINTED_SAMPLES, eval_freq=max(settings.epochs // 4, 1), save_freq=10**6,
     )  # fmt: skip
-    values |= flags_of(settings, name.kind, num_data)
+    values |= flags_of(settings, name, num_data)
     values["eval_freq"] = min(values["eval_freq"], values["epochs"])
     if name.start is not None:
         values["init_from"] = str(folder / name.start.folder)

@@ -14,7 +14,7 @@ from experiments.datasets import Datasets
 from experiments.evaluation import Images, predict_splits
 from experiments.train import POSTERIOR, SNAPSHOTS
 from experiments.train_setup import bn_images
-from experiments.uncertainty_members import RunName, TrainedRun
+from experiments.uncertainty_members import RunName, TrainedRun, names_of
 from experiments.uncertainty_settings import Settings
 from experiments.uncertainty_tuning import choose
 
@@ -63,7 +63,7 @@ class Bench:
         settings: Of the comparison.
         data: The data set; without validation images no level can be chosen.
         seed: Of the comparison; all that is random in a fit is a function of it.
-        find: Gives the members of a kind of run: the first alone, or all.
+        find: Gives the runs of a kind: one, or all members of an ensemble; of a tempered kind one at each temperature.
     """
 
     def __init__(
@@ -77,6 +77,9 @@ class Bench:
 
     def run(self, kind: str) -> TrainedRun:
         return self._find(kind, False)[0]
+
+    def tempered(self, kind: str) -> list[TrainedRun]:
+        return self._find(kind, False)
 
     def runs(self, kind: str) -> list[TrainedRun]:
         return self._find(kind, True)
@@ -190,11 +193,20 @@ def deep_ensemble(bench: Bench) -> Fitted:
 
 
 def written(bench: Bench, kind: str, file: str, *levels: str) -> Fitted:
-    """Take the posterior that the training run wrote; the named settings of the run are its hyper-parameters."""
-    run = bench.run(kind)
+    """Take the posterior that the training run wrote; the named settings of the run are its hyper-parameters.
+
+    Of runs at several temperatures the one with the lowest validation NLL is taken.
+    """
+    runs = bench.tempered(kind)
+    scores = [0.0]
+    if len(runs) > 1:
+        posteriors = (run.posterior(file) for run in runs)
+        scores = [bench.nll(run, own, own.layout, False) for run, own in zip(runs, posteriors, strict=True)]
+    run = runs[scores.index(min(scores))]
     posterior = run.posterior(file)
     shown = {level: getattr(run.settings, level) for level in levels}
-    return Fitted(run, posterior, run.epochs, posterior.layout, shown)
+    tried = [(run.settings.temperature, score) for run, score in zip(runs, scores, strict=True)]
+    return Fitted(run, posterior, run.epochs, posterior.layout, shown, tried if len(runs) > 1 else ())
 
 
 def snapshots_of(kind: str, *needs: str, levels: tuple[str, ...] = ()) -> "Method":
@@ -305,8 +317,7 @@ def runs_needed(settings: Settings, methods: Sequence[str], seeds: Sequence[int]
     for seed in seeds:
         for name in methods:
             method = METHODS[name]
-            for member in range(settings.members if method.many else 1):
-                needed.setdefault(RunName(method.kind, seed, member))
+            needed |= dict.fromkeys(names_of(settings, method.kind, seed, method.many))
     return list(needed)
 
 

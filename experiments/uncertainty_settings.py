@@ -81,7 +81,11 @@ class Settings:
     chain_burn_in: int = setting(1, "SGLD, SGHMC: the first of these epochs, without snapshots")
     chain_snapshots: int = setting(4, "SGLD, SGHMC: snapshots an epoch")
     chain_lr: float = setting(0.01, "SGLD, SGHMC: step size")
-    temperature: float = setting(1.0, "SGLD, SGHMC, MFVI: temperature; 1 is the Bayes posterior, less a colder one")
+    temperature: str = setting(
+        "1,0.1,0.01",
+        "SGLD, SGHMC, MFVI: temperatures, separated by commas; 1 is the Bayes posterior, less a colder one. Of several "
+        "the one with the lowest validation NLL is taken, after a run at each",
+    )
     vi_epochs: int = setting(5, "MFVI: epochs after the SWA run it starts from")
     vi_lr: float = setting(1e-3, "MFVI: learning rate of the means (Adam)")
     vi_init_std: float = setting(0.01, "MFVI: standard deviation of every weight to begin with")
@@ -104,6 +108,21 @@ def seeds_of(settings: Settings) -> range:
 def names(text: str) -> tuple[str, ...]:
     """Split a list of names at its commas."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def temperatures_of(settings: Settings) -> tuple[float, ...]:
+    """Return the temperatures to run at.
+
+    Raises:
+        SettingsError: If there is none, or one is no positive number, or is there twice.
+    """
+    try:
+        found = tuple(map(float, names(settings.temperature)))
+    except ValueError:
+        found = ()
+    if not found or len(set(found)) < len(found) or not all(0 < value < math.inf for value in found):
+        raise SettingsError(f"--temperature must list positive numbers, each once; got {settings.temperature!r}")
+    return found
 
 
 def runs_of(settings: Settings) -> tuple[str, ...]:
@@ -142,13 +161,14 @@ def check(settings: Settings) -> Settings:
         if value is not None and not value >= least:
             raise SettingsError(f"--{name} must be at least {least}; got {value}")
     positive = (
-        "wd", "fge_lr", "chain_lr", "temperature", "vi_lr", "vi_init_std", "scale", "noise_std", "noise_fraction",
+        "wd", "fge_lr", "chain_lr", "vi_lr", "vi_init_std", "scale", "noise_std", "noise_fraction",
         "prior_precision",
     )  # fmt: skip
     for name in positive:
         value = getattr(settings, name)
         if value is not None and not 0 < value < math.inf:
             raise SettingsError(f"--{name} must be positive; got {value}")
+    temperatures_of(settings)
     if settings.members > 100:
         raise SettingsError(f"--members must be at most 100; got {settings.members}")
     if settings.run is None:

@@ -20,6 +20,7 @@ from experiments.uncertainty_members import (
     in_order,
     is_finished,
     member_settings,
+    names_of,
     read_settings,
 )
 from experiments.uncertainty_methods import CONTROLS, METHODS, lacks, runs_needed
@@ -168,7 +169,7 @@ class Trained(Networks):
             raise SettingsError(f"{name.folder}: {error}") from None
 
     def find(self, kind: str, seed: int, many: bool) -> list[TrainedRun]:
-        wanted = [RunName(kind, seed, member) for member in range(self.settings.members if many else 1)]
+        wanted = names_of(self.settings, kind, seed, many)
         for name in [name for name in self._open if name.seed != seed]:
             del self._open[name]  # one seed after another: no more networks in memory than one needs
         for name in wanted:

@@ -27,7 +27,7 @@ PROG = "python -m experiments.uncertainty"
 TINY = (
     "--dataset digits --model SmallConvNet --train_limit 96 --batch_size 16 --epochs 4 --lr_init 0.05 --swa_start 1 "
     "--swa_lr 0.02 --max_num_models 3 --seeds 1 --members 2 --fge_cycle 2 --chain_epochs 2 --chain_snapshots 2 "
-    "--vi_epochs 1 --num_samples 4 --tune_samples 2 --ood noise --ood_limit 60 --eval_limit 80"
+    "--vi_epochs 1 --temperature 1,0.1 --num_samples 4 --tune_samples 2 --ood noise --ood_limit 60 --eval_limit 80"
 ).split()
 CHOSEN = {
     "scale": ("SWAG-Diag", "SWAG", "SWAG-block", "MultiSWAG", "SWAG-Dropout"), "noise_std": ("HomoNoise",),
@@ -148,6 +148,10 @@ def test_levels_are_the_best_of_those_tried_on_the_validation_images(finished: P
             assert 3 <= len(tried) <= 10
     for method in ("Temperature", "SWA-Temperature"):
         assert cell(finished, method)["levels"]["temperature"] > 0
+    for method in ("SGLD", "SGHMC", "MFVI"):
+        found = cell(finished, method)
+        tried = dict(map(tuple, found["tried"]))
+        assert set(tried) == {1.0, 0.1} and tried[found["levels"]["temperature"]] == min(tried.values()), method
     for method in ("SGD", "SWA", "Dropout"):
         assert cell(finished, method)["levels"] == {} and cell(finished, method)["tried"] == []
 
@@ -228,8 +232,8 @@ def test_no_two_seeds_share_a_network() -> None:
     names = in_order(runs_needed(settings, list(METHODS), [1, 2]))
     kinds = {name.kind for name in names}
     assert kinds == {"sgd", "swag", "fge", "drop", "swagdrop", "sgld", "sghmc", "mfvi"}
-    seeds = [(name.kind, member_settings(settings, name, Path("d"), 200).seed) for name in names]
-    assert len(set(seeds)) == len(seeds) == 2 * (3 + 3 + 6)
+    seeds = [(name.kind, name.temperature, member_settings(settings, name, Path("d"), 200).seed) for name in names]
+    assert len(set(seeds)) == len(seeds) == 2 * (3 + 3 + 3 + 3 * 3)
     assert [name.member for name in names if name.kind == "swag" and name.seed == 2] == [0, 1, 2]
 
 
@@ -441,8 +445,8 @@ def test_a_run_that_trained_on_everything_has_nothing_to_choose_levels_on(
         (["--methods", "SWA,SWA"], "--methods must name at least one method, and each once; got 'SWA,SWA'"),
         (["--methods", ""], "--methods must name at least one method, and each once; got ''"),
         (["--num_samples", "0"], "--num_samples must be at least 1; got 0"),
-        (["--temperature", "0"], "--temperature must be positive; got 0.0"),
-        (["--temperature", "-1"], "--temperature must be positive; got -1.0"),
+        (["--temperature", "0"], "--temperature must list positive numbers, each once; got '0'"),
+        (["--temperature", "1,-1"], "--temperature must list positive numbers, each once; got '1,-1'"),
         (["--scale", "0"], "--scale must be positive; got 0.0"),
         (["--noise_fraction", "nan"], "--noise_fraction must be positive; got nan"),
         (["--prior_precision", "-3"], "--prior_precision must be positive; got -3.0"),
