@@ -36,7 +36,8 @@ settings.json, environment.json, command.sh
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,31 @@ def held_out(data: Datasets) -> Any:
     return data.test if data.validation is None else data.validation
 
 
-def train(settings: Settings, run: RunDir, trainer: Trainer, data: Datasets, facts: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Extra:
+    """What another script adds to a training run.
+
+    Attributes:
+        outputs: Names of the files that it writes.
+        check: Refuses a trainer or data that it cannot measure, before anything is written.
+        measure: Gives more for the record of an epoch (JSON) after it; a function of weights, collections and epoch.
+        report: Writes its files from the finished history; gives the lines to print.
+    """
+
+    outputs: tuple[str, ...] = ()
+    check: Callable[[Trainer, Datasets], None] = lambda trainer, data: None
+    measure: Callable[[Trainer, Datasets], dict[str, Any]] = lambda trainer, data: {}
+    report: Callable[[RunDir, Trainer, Datasets], list[str]] = lambda run, trainer, data: []
+
+
+def train(
+    settings: Settings,
+    run: RunDir,
+    trainer: Trainer,
+    data: Datasets,
+    facts: dict[str, Any],
+    measure: Callable[[Trainer, Datasets], dict[str, Any]],
+) -> None:
     """Train to the last epoch: a line in log.jsonl for each, a checkpoint every --checkpoint_freq."""
     run.write_log(trainer.history)
     began = time.perf_counter()
@@ -153,6 +178,7 @@ def train(settings: Settings, run: RunDir, trainer: Trainer, data: Datasets, fac
             swag = trainer.collections["swag"].collector if settings.swa else None
             if isinstance(swag, lb.SWAG) and swag.n_averaged > 0:
                 extra["held_out_swa"] = evaluate_weights(settings, trainer, data, swag.mean, swag.layout)
+        extra |= measure(trainer, data)
         extra["seconds"] = time.perf_counter() - began
         began = time.perf_counter()
         run.log(**record, **extra)
@@ -185,9 +211,11 @@ def evaluate_weights(
     return {"nll": prediction.nll, "accuracy": prediction.accuracy}
 
 
-def experiment(settings: Settings, data: Datasets, run: RunDir, trainer: Trainer, facts: dict[str, Any]) -> str:
-    """Train, evaluate, draw, and write results.json last; return the table."""
-    train(settings, run, trainer, data, facts)
+def experiment(
+    settings: Settings, data: Datasets, run: RunDir, trainer: Trainer, facts: dict[str, Any], extra: Extra
+) -> str:
+    """Train, evaluate, draw, and write results.json last; return the tables."""
+    train(settings, run, trainer, data, facts, extra.measure)
     sources = weight_sources(settings, trainer)
     for name in ("MFVI", "SWAG", "SWAG-Diag"):
         if name in sources:
@@ -196,21 +224,24 @@ def experiment(settings: Settings, data: Datasets, run: RunDir, trainer: Trainer
     if "Snapshots" in sources:
         sources["Snapshots"].save(run.path / SNAPSHOTS)
     write_weights(run.path / WEIGHTS, weights_of(trainer, sources))
-    return report(settings, run, trainer, data, sources, bn_images(settings, data))
+    more = extra.report(run, trainer, data)
+    return "\n".join([report(settings, run, trainer, data, sources, bn_images(settings, data)), *more])
 
 
-def work(settings: Settings) -> str:
+def work(settings: Settings, extra: Extra | None = None) -> str:
     """Check everything, then run the experiment; return what to print."""
+    extra = extra or Extra()
     device = resolve_device(settings.device)
     path = find_checkpoint(settings)
     own = path is not None and path.parent.resolve() == Path(settings.dir).resolve()
-    run = RunDir(settings, OUTPUTS, device, resuming=own or unfinished(settings))
+    run = RunDir(settings, (*OUTPUTS, *extra.outputs), device, resuming=own or unfinished(settings))
     data = load_data(settings, device)
     trainer = make_trainer(settings, data, device)
     try_model(trainer, data)
+    extra.check(trainer, data)
     facts = restore(settings, trainer, path)
     run.begin()
-    return f"{experiment(settings, data, run, trainer, facts)}\n\nwritten to {run.path}"
+    return f"{experiment(settings, data, run, trainer, facts, extra)}\n\nwritten to {run.path}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
