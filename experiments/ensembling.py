@@ -76,7 +76,7 @@ class Settings:
     bn_points: int = setting(11, "fractions of the images for batch norm, from one batch to all", free=True)
     snapshot_points: int = setting(6, "numbers of iterates, from two to all, for which SWAG is fitted", free=True)
     bn_size: int | None = setting(None, "images for batch norm (default: as many as the run)", kind=int)
-    batch_size: int = setting(500, "images in a batch that is predicted")
+    batch_size: int = setting(125, "images in a batch that is predicted")
     bn_batch_size: int = setting(500, "images in a batch for batch norm")
     seed: int = setting(0, "seed of the weight samples")
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA where there is some", free=True)
