@@ -1,20 +1,25 @@
 r"""Extreme eigenpairs of a symmetric operator by thick-restart Lanczos.
 
-K. Wu and H. Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems, SIAM J. Matrix Anal. Appl. 22
-(2000). Every new vector is orthogonalised twice against the whole basis by matrix products (one pass is not enough on
-Hessian-like spectra), eigenvalues of either sign come out as they are, and a breakdown (an invariant subspace)
-continues with a fresh random direction, so that multiplicities are found.
+K. Wu and H. Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems", SIAM J. Matrix Anal. Appl.
+22 (2000), algorithm 3; in blocks, with a rank decision where a block loses directions. Every product is orthogonalised
+twice against the whole basis by matrix products (one pass is not enough on Hessian-like spectra), eigenvalues of either
+sign come out as they are, and the run stops at the first step that has what is asked for.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
-from lowrank_bdl.linalg.factors import CPU_CHUNK
+from lowrank_bdl.linalg import lanczos_checkpoint
+from lowrank_bdl.linalg.lanczos_basis import LanczosBasis, norm
+from lowrank_bdl.linalg.lanczos_projection import Projection, Ritz, Wanted
+from lowrank_bdl.linalg.lanczos_run import LanczosRun, Operator
 from lowrank_bdl.linalg.memory import require_memory
 
 WHICH = ("LA", "SA", "LM", "BE")
@@ -27,9 +32,9 @@ class Eigenpairs:
     Attributes:
         eigenvalues: Shape ``(k,)``, float64, from large to small.
         eigenvectors: Shape ``(D, k)``, orthonormal columns over ``(k, D)`` storage, dtype of the operator.
-        residuals: ``||A v - lambda v||``, shape ``(k,)``, float64, measured with one product each.
+        residuals: ``||A v - lambda v||``, shape ``(k,)``, float64.
         converged: Whether each residual is within the tolerance, shape ``(k,)`` bool.
-        num_matvecs: Products with the operator, those of the residuals included.
+        num_matvecs: Products with the operator, all of them: those that measure residuals or check a file included.
     """
 
     eigenvalues: Tensor
@@ -39,92 +44,237 @@ class Eigenpairs:
     num_matvecs: int
 
 
+@dataclass(frozen=True)
+class LanczosProgress:
+    """Where a run is.
+
+    Attributes:
+        num_matvecs: Products so far.
+        eigenvalues: The wanted ones as far as there are any, from large to small, float64.
+        residuals: Of each, shape as the eigenvalues.
+        tolerance: What residuals are to fall below; it grows with the largest eigenvalue found.
+    """
+
+    num_matvecs: int
+    eigenvalues: Tensor
+    residuals: Tensor
+    tolerance: float
+
+    @property
+    def num_converged(self) -> int:
+        """How many are within the tolerance."""
+        return int((self.residuals <= self.tolerance).sum())
+
+
 def lanczos(
-    operator: LinearOperator | Callable[[Tensor], Tensor],
+    operator: Operator,
     k: int | tuple[int, int],
     which: str = "LA",
     *,
     tol: float | None = None,
     max_matvecs: int | None = None,
     num_basis: int | None = None,
+    block_size: int = 1,
     start: Tensor | None = None,
     generator: torch.Generator | None = None,
+    confirm: bool = False,
+    verify: bool | None = None,
+    basis_dtype: torch.dtype | None = None,
+    basis_device: torch.device | str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 10,
+    resume: bool = False,
+    callback: Callable[[LanczosProgress], bool | None] | None = None,
 ) -> Eigenpairs:
-    r"""Return k extreme eigenpairs of a symmetric D x D operator.
+    r"""Return k extreme eigenpairs of a symmetric D x D operator, from one or both ends of the spectrum in one run.
+
+    Residuals come from the recurrence, where :math:`A Q_m^\top = Q^\top H` was measured: no product is spent on them,
+    they are exact to rounding of the basis, and what is not symmetric about the operator is part of them.
+
+    A Krylov space meets every eigenvalue, but of an eigenvalue as many eigenvectors as it had start vectors: copies of
+    a multiple one appear late, by rounding. A breakdown (an invariant subspace: identity, low rank) is gone on from
+    with fresh random vectors until nothing can be missing, so that multiplicities are right there; elsewhere take
+    ``block_size`` as large as the multiplicity, or ``confirm``.
 
     Args:
-        operator: A LinearOperator of shape ``(D, D)``, or a function from ``(D,)`` to ``(D,)`` (then give ``start``).
+        operator: A LinearOperator of shape ``(D, D)``; or a function from ``(D,)`` to ``(D,)``, for blocks also from
+            ``(D, S)`` to ``(D, S)`` (then give ``start``). It must not write into its argument.
         k: How many pairs, or ``(n_top, n_bottom)`` from both ends of the spectrum.
         which: Largest (``"LA"``), smallest (``"SA"``), largest in size (``"LM"``), or both ends in equal parts, the top
             having one more if k is odd (``"BE"``). Not used with a pair.
         tol: Residual tolerance relative to the largest Ritz value in size; None means ``eps ** (2/3)`` of the dtype.
         max_matvecs: The most products to spend on the iteration, >= k; None means ``max(300, 20 k)``.
-        num_basis: Basis vectors kept, > k (D if k = D); None means ``max(2 k + 10, k + 20)``. Memory:
-            ``(num_basis + 1) D`` numbers.
-        start: Start vector, shape ``(D,)``, not zero; None draws one.
-        generator: Source of the start vector and of fresh directions.
+        num_basis: Basis vectors kept, >= k + block_size (or D); None means ``max(2 k + 10, k + 20)``, in whole blocks
+            and at least four of them. More of them restart less often and need fewer products.
+        block_size: Vectors multiplied at once. 1 needs the fewest products; more find multiple eigenvalues, and may be
+            faster where an operator shares work among vectors.
+        start: Start vector ``(D,)``, not zero, or ``(D, s)`` with s <= block_size; random ones fill the block.
+        generator: Source of start vectors and fresh directions, on the operator's device; None seeds one from torch's.
+        confirm: When the pairs have converged, look again from a random vector orthogonal to all of them, until nothing
+            new comes: this finds further copies of multiple eigenvalues, and what a poor start vector does not meet.
+        verify: Measure every residual in the end by a product of its own, k in all; None does so where the basis has a
+            narrower dtype than the operator, whose rounding the recurrence does not see.
+        basis_dtype: dtype of the basis; ``torch.bfloat16`` takes half the memory of float32, and residuals then stop at
+            about 2e-3 of the largest eigenvalue. None means the operator's dtype.
+        basis_device: Where the basis is and vectors are orthogonalised, ``"cpu"`` for host memory: a vector goes there
+            and back at each step, the basis never. None means the operator's device.
+        checkpoint: A file (safetensors) for the state of the run, written atomically; size: the basis.
+        checkpoint_every: Products between two writes; it is also written at the end.
+        resume: Go on from ``checkpoint`` if it is there, with the numbers of an uninterrupted run to the last bit; one
+            product checks that the operator is the file's. ``tol``, ``max_matvecs`` and ``confirm`` may differ.
+        callback: Called with a `LanczosProgress` as the run goes on; ends it by returning True.
 
     Raises:
-        ShapeError: If the operator is not square or k does not fit.
-        ValueError: If ``which`` is unknown, ``start`` is zero, or ``num_basis`` or ``max_matvecs`` is too small for k.
+        ShapeError: If the operator is not square, returns another shape, or k does not fit.
+        ValueError: If ``which`` is unknown, ``start`` is zero, or ``num_basis``, ``max_matvecs`` or ``block_size`` does
+            not fit k and D.
         MemoryLimitError: If the basis does not fit the free memory, before it is allocated.
         NonFiniteError: If ``start`` or a product holds NaN or infinity.
+        CheckpointError: If the file is damaged, of another run, or of another operator.
 
-    Cost: ``num_matvecs`` products and O(D num_basis) work for each; one host synchronisation a step.
+    Cost: per product, four reads of the basis (two passes of two matrix products) and one host synchronisation. Memory:
+    ``num_basis + block_size`` vectors of the basis and ``2 block_size`` of the operator, its result included; the
+    eigenvectors lie in the basis' memory, unless its dtype or device is not the operator's: then k vectors more.
 
     Example:
         >>> import torch
         >>> from linear_operator.operators import DiagLinearOperator
-        >>> operator = DiagLinearOperator(torch.arange(50.0).double())
-        >>> pairs = lanczos(operator, 2, generator=torch.Generator().manual_seed(0))
-        >>> pairs.eigenvalues.round(decimals=6)
-        tensor([49., 48.], dtype=torch.float64)
+        >>> operator = DiagLinearOperator(torch.arange(50.0).double() - 20)
+        >>> pairs = lanczos(operator, (2, 1), generator=torch.Generator().manual_seed(0))
+        >>> pairs.eigenvalues.round(decimals=6), bool(pairs.converged.all())
+        (tensor([ 29.,  28., -20.], dtype=torch.float64), True)
     """
-    if start is None and not isinstance(operator, LinearOperator):
-        raise ValueError("a function as operator needs a start vector, for its size, dtype and device.")
-    if isinstance(operator, LinearOperator) and (operator.ndim != 2 or not operator.is_square):
-        raise ShapeError(f"the operator must be (D, D); got {tuple(operator.shape)}.")
-    if start is None:
-        assert isinstance(operator, LinearOperator)
-        size, dtype, device = operator.shape[-1], operator.dtype, operator.device
-        start = torch.randn(size, dtype=dtype, device=device, generator=generator)
-    if start.ndim != 1 or (isinstance(operator, LinearOperator) and len(start) != operator.shape[-1]):
-        raise ShapeError(f"start must be a vector of the size of the operator; got {tuple(start.shape)}.")
-    size = start.shape[0]
-    top, bottom, by_size = _split(k, which, size)
-    wanted = top + bottom
-    if wanted == 0:
-        empty = torch.zeros(0, dtype=torch.float64, device=start.device)
-        return Eigenpairs(empty, start.new_zeros(0, size).mT, empty, empty.bool(), 0)
-    capacity = min(size, max(2 * wanted + 10, wanted + 20) if num_basis is None else num_basis)
-    limit = max(300, 20 * wanted) if max_matvecs is None else max_matvecs
-    if capacity < min(wanted + 1, size) or limit < wanted:
+    if resume and checkpoint is None:
+        raise ValueError("resume needs a checkpoint: the file to go on from.")
+    size, dtype, device, given = _start(operator, start, block_size)
+    wanted = _wanted(k, which, size)
+    if wanted.total == 0:
+        empty = torch.zeros(0, dtype=torch.float64, device=device)
+        return Eigenpairs(empty, torch.zeros(0, size, dtype=dtype, device=device).mT, empty, empty.bool(), 0)
+    limit = max(300, 20 * wanted.total) if max_matvecs is None else max_matvecs
+    capacity, least = _capacity(wanted.total, size, block_size, num_basis), min(wanted.total + block_size, size)
+    if capacity < least or limit < wanted.total:
         raise ValueError(
-            f"{wanted} pairs need num_basis >= {min(wanted + 1, size)} and max_matvecs >= {wanted}; "
+            f"{wanted.total} pairs need num_basis >= {least} and max_matvecs >= {wanted.total}; "
             f"got {num_basis} and {max_matvecs}."
         )
-    if not bool(start.isfinite().all()):
-        raise NonFiniteError("the start vector must be finite; it holds NaN or infinity.")
-    if not bool((start != 0).any()):
-        raise ValueError("the start vector must not be zero.")
-    state = _Basis(operator, start, capacity, generator)
-    tolerance = torch.finfo(start.dtype).eps ** (2 / 3) if tol is None else tol
+    work_dtype = torch.promote_types(dtype, torch.float32)
+    basis = _allocate(
+        wanted.total, capacity, size, block_size, basis_dtype or work_dtype, work_dtype,
+        device if basis_device is None else torch.device(basis_device), device,
+    )  # fmt: skip
+    generator = _generator(device) if generator is None else generator
+    run = LanczosRun(operator, basis, Projection(capacity, block_size), dtype, device, generator, given is None)
+    facts = {
+        "dim": size, "dtype": str(dtype), "k": [wanted.top, wanted.bottom], "by_size": wanted.by_size,
+        "num_basis": capacity, "block_size": block_size, "basis_dtype": str(basis.dtype),
+    }  # fmt: skip
+    checks = 0
+    if resume and checkpoint is not None and Path(checkpoint).exists():
+        checks = lanczos_checkpoint.load(checkpoint, run, facts)
+    else:
+        run.begin(torch.zeros(0, size, dtype=work_dtype, device=device) if given is None else given.mT.to(work_dtype))
+    tolerance = torch.finfo(dtype).eps ** (2 / 3) if tol is None else tol
+    save = None if checkpoint is None else (lambda: lanczos_checkpoint.save(checkpoint, run, facts))
+    ritz = _iterate(run, wanted, tolerance, limit, confirm, callback, save, checkpoint_every)
+    order = wanted.choose(ritz.values)
+    order = order[ritz.values[order].argsort(descending=True)]
+    values, residuals = ritz.values[order], ritz.residuals[order]
+    rows = run.basis.finish(ritz.vectors[:, order], device)
+    count = run.num_products + checks
+    narrow = torch.finfo(basis.dtype).eps > torch.finfo(work_dtype).eps
+    if verify or (verify is None and narrow):
+        for i, row in enumerate(rows):
+            residuals[i] = norm(run.apply(row[None])[0].sub(row, alpha=values[i].item()))
+        count += len(rows)
+    converged = residuals <= tolerance * ritz.scale
+    return Eigenpairs(values.to(device), rows.mT, residuals.to(device), converged.to(device), count)
+
+
+def _iterate(
+    run: LanczosRun,
+    wanted: Wanted,
+    tolerance: float,
+    limit: int,
+    confirm: bool,
+    callback: Callable[[LanczosProgress], bool | None] | None,
+    save: Callable[[], None] | None,
+    save_every: int,
+) -> Ritz:
+    """Step until the wanted pairs have converged or the products are spent; return the last Ritz pairs."""
+    known = run.projection
+    saved = run.num_products
     while True:
-        state.fill(limit)
-        values, vectors, residuals = state.ritz()
-        order = _choose(values, top, bottom, by_size)
-        done = bool((residuals[order] <= tolerance * values.abs().max()).all())
-        if done or state.size == size or state.num_matvecs >= limit:
-            break
-        spare = (state.capacity - wanted) // 2  # more Ritz vectors than wanted, near them, speed up the next cycle
-        extra = _choose(values, top + (spare if top else 0), bottom + (spare if bottom else 0), by_size)
-        state.restart(extra[: state.capacity - 1], values, vectors)
-    order = order[values[order].argsort(descending=True)]
-    state.rotate(vectors[:, order])
-    return state.finish(values[order], tolerance * values.abs().max())
+        spent = known.size >= wanted.total and run.num_products + known.pending > limit
+        stop = run.exhausted or spent
+        if stop or run.full or _due(known.size, 1 if callback else wanted.total):
+            ritz = known.ritz()
+            done = known.finished(ritz, wanted, tolerance * ritz.scale)
+            if callback is not None:
+                stop = bool(callback(_progress(run, ritz, wanted, tolerance))) or stop
+            order = wanted.choose(ritz.values)
+            if done and confirm and not stop and bool((order >= ritz.settled).any()):
+                run.restart(ritz, order)
+                run.look_elsewhere(complete=False)
+            elif (done or stop) and known.size >= wanted.total:
+                if save is not None:
+                    save()
+                return ritz
+            elif run.full:
+                # more Ritz vectors than wanted, next to them, speed up what follows
+                run.restart(ritz, wanted.choose(ritz.values, _spare(known, wanted)))
+        run.step()
+        if save is not None and run.num_products - saved >= save_every:
+            save()
+            saved = run.num_products
 
 
-def _split(k: int | tuple[int, int], which: str, size: int) -> tuple[int, int, bool]:
+def _due(size: int, first: int) -> bool:
+    """Tell whether a look at the Ritz pairs, O(size^3), is due: at every step while they are few, then every 2 %."""
+    return size >= first and size % (1 + size // 50) == 0
+
+
+def _spare(known: Projection, wanted: Wanted) -> int:
+    """Return how many Ritz vectors to keep beyond the wanted ones: half of what is left for the next block and them."""
+    return (known.capacity - wanted.total - known.pending) // 2
+
+
+def _progress(run: LanczosRun, ritz: Ritz, wanted: Wanted, tolerance: float) -> LanczosProgress:
+    order = wanted.choose(ritz.values)
+    order = order[ritz.values[order].argsort(descending=True)]
+    return LanczosProgress(run.num_products, ritz.values[order], ritz.residuals[order], tolerance * ritz.scale)
+
+
+def _start(
+    operator: Operator, start: Tensor | None, block_size: int
+) -> tuple[int, torch.dtype, torch.device, Tensor | None]:
+    """Return D, dtype and device of the operator, and the start as columns."""
+    if isinstance(operator, LinearOperator):
+        if operator.ndim != 2 or not operator.is_square:
+            raise ShapeError(f"the operator must be (D, D); got {tuple(operator.shape)}.")
+        size, dtype, device = operator.shape[-1], operator.dtype, operator.device
+    elif start is None:
+        raise ValueError("a function as operator needs a start vector, for its size, dtype and device.")
+    else:
+        size, dtype, device = len(start) if start.ndim else 0, start.dtype, start.device
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1; got {block_size}.")
+    if start is None:
+        return size, dtype, device, None
+    columns = start.detach().unsqueeze(-1) if start.ndim == 1 else start.detach()
+    if columns.ndim != 2 or len(columns) != size or not 1 <= columns.shape[1] <= min(block_size, max(size, 1)):
+        raise ShapeError(
+            f"start must be a vector of the size of the operator, or (D, s) with s <= {block_size}, the block_size; "
+            f"got {tuple(start.shape)}."
+        )
+    if not bool(columns.isfinite().all()):
+        raise NonFiniteError("the start vector must be finite; it holds NaN or infinity.")
+    if not bool((columns != 0).any(0).all()):
+        raise ValueError("the start vector must not be zero.")
+    return size, dtype, device, columns
+
+
+def _wanted(k: int | tuple[int, int], which: str, size: int) -> Wanted:
     """Return how many pairs to find at the top and at the bottom, and whether to choose by absolute value."""
     if which not in WHICH:
         raise ValueError(f"which must be one of {', '.join(WHICH)}; got {which!r}.")
@@ -132,112 +282,46 @@ def _split(k: int | tuple[int, int], which: str, size: int) -> tuple[int, int, b
     if min(counts) < 0 or sum(counts) > size:
         raise ShapeError(f"k must be between 0 and D = {size} in all; got {k}.")
     if isinstance(k, tuple) or which == "LA":
-        return counts[0], counts[1], False
+        return Wanted(counts[0], counts[1], False)
     if which == "SA":
-        return 0, k, False
-    return (k, 0, True) if which == "LM" else (k - k // 2, k // 2, False)
+        return Wanted(0, k, False)
+    return Wanted(k, 0, True) if which == "LM" else Wanted(k - k // 2, k // 2, False)
 
 
-def _choose(values: Tensor, top: int, bottom: int, by_size: bool) -> Tensor:
-    """Return indices of the chosen Ritz values among ``values`` (ascending), each once."""
-    count = len(values)
-    if by_size:
-        return values.abs().argsort(descending=True)[:top]
-    bottom = min(bottom, count)
-    top = min(top, count - bottom)
-    return torch.cat((torch.arange(count - top, count), torch.arange(bottom))).to(values.device)
+def _capacity(wanted: int, size: int, block_size: int, num_basis: int | None) -> int:
+    if num_basis is None:
+        num_basis = max(2 * wanted + 10, wanted + 20, wanted + 4 * block_size)
+        num_basis += -num_basis % block_size
+    return min(num_basis, size)
 
 
-class _Basis:
-    """Orthonormal rows Q (capacity + 1, D) and the projected matrix T = Q A Q' of the rows filled so far."""
-
-    def __init__(
-        self,
-        operator: LinearOperator | Callable[[Tensor], Tensor],
-        start: Tensor,
-        capacity: int,
-        generator: torch.Generator | None,
-    ) -> None:
-        self.product = operator.matmul if isinstance(operator, LinearOperator) else operator
-        self.capacity, self.generator = capacity, generator
-        num_bytes = (capacity + 1) * start.numel() * start.element_size()
-        require_memory(num_bytes, start.device, f"the Lanczos basis of {capacity + 1} vectors of {start.numel():,}")
-        self.rows = start.new_empty(capacity + 1, len(start))
-        self.rows[0] = start / _norm(start)
-        self.projected = torch.zeros(capacity, capacity, dtype=torch.float64, device=start.device)
-        self.size = 0  # rows with a complete column of T
-        self.last_norm = torch.zeros((), dtype=torch.float64, device=start.device)
-        self.num_matvecs = 0
-
-    def fill(self, limit: int) -> None:
-        """Extend the basis to its capacity, or until ``limit`` products are spent."""
-        while self.size < self.capacity and (self.num_matvecs < limit or self.size == 0):
-            j = self.size
-            new = self.product(self.rows[j]).detach().clone()
-            self.num_matvecs += 1
-            norm = _norm(new)
-            weights = self._orthogonalize(new, j + 1)
-            self.projected[j, : j + 1] = weights
-            self.projected[: j + 1, j] = weights
-            self.last_norm = _norm(new)
-            before, after = torch.stack((norm, self.last_norm)).tolist()
-            if not before < float("inf"):
-                raise NonFiniteError(f"product {self.num_matvecs} with the operator holds NaN or infinity.")
-            self.size = j + 1
-            if self.size == len(new):
-                self.last_norm = torch.zeros_like(self.last_norm)
-                return
-            if after <= 10 * torch.finfo(new.dtype).eps * max(before, self.projected.abs().max().item()):
-                self.last_norm = torch.zeros_like(self.last_norm)  # invariant subspace: go on in a fresh direction
-                new.normal_(generator=self.generator)
-                self._orthogonalize(new, j + 1)
-                self._orthogonalize(new, j + 1)
-            self.rows[j + 1] = new / _norm(new)
-
-    def _orthogonalize(self, new: Tensor, count: int) -> Tensor:
-        """Remove the span of the first ``count`` rows from ``new`` in place, in two passes; return the coefficients."""
-        total = torch.zeros(count, dtype=torch.float64, device=new.device)
-        for _ in range(2):
-            weights = self.rows[:count] @ new
-            new.addmv_(self.rows[:count].mT, weights, alpha=-1)
-            total += weights.double()
-        return total
-
-    def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return Ritz values (ascending), their coordinates in the basis, and residual norms by the last row."""
-        values, vectors = torch.linalg.eigh(self.projected[: self.size, : self.size])
-        return values, vectors, (self.last_norm * vectors[-1]).abs()
-
-    def rotate(self, vectors: Tensor) -> None:
-        """Replace the first rows by ``vectors.mT @ rows`` in chunks of columns: no second basis is made."""
-        keep = vectors.mT.to(self.rows.dtype)
-        for start in range(0, self.rows.shape[1], CPU_CHUNK):
-            chunk = self.rows[:, start : start + CPU_CHUNK]
-            chunk[: len(keep)] = keep @ chunk[: self.size]
-
-    def restart(self, order: Tensor, values: Tensor, vectors: Tensor) -> None:
-        """Keep the Ritz vectors ``order`` and the last row; T becomes diagonal but for its last row."""
-        keep = len(order)
-        last = self.rows[self.size].clone()
-        self.rotate(vectors[:, order])
-        self.rows[keep] = last
-        self.projected.zero_()
-        self.projected.diagonal()[:keep] = values[order]
-        self.size = keep
-
-    def finish(self, values: Tensor, tolerance: Tensor) -> Eigenpairs:
-        """Measure the residual of every pair in the first rows."""
-        count = len(values)
-        rows = self.rows[:count].clone()
-        residuals = torch.zeros_like(values)
-        for i in range(count):
-            product = self.product(rows[i]).detach()
-            residuals[i] = _norm(product - values[i].to(rows.dtype) * rows[i])
-        self.num_matvecs += count
-        return Eigenpairs(values, rows.mT, residuals, residuals <= tolerance, self.num_matvecs)
+def _allocate(
+    wanted: int,
+    capacity: int,
+    size: int,
+    block_size: int,
+    dtype: torch.dtype,
+    work_dtype: torch.dtype,
+    device: torch.device,
+    operator_device: torch.device,
+) -> LanczosBasis:
+    """Return an empty basis; raise before if it does not fit, with what the run needs beside it."""
+    if not dtype.is_floating_point:
+        raise ValueError(f"basis_dtype must be a floating dtype; got {dtype}.")
+    rows, extra = min(capacity + block_size, size), 2 * block_size
+    purpose = f"the Lanczos basis of {rows} vectors of {size:,}"
+    num_bytes = rows * size * dtype.itemsize
+    working = extra * size * work_dtype.itemsize
+    apart = 0 if dtype == work_dtype and device == operator_device else wanted * size * work_dtype.itemsize
+    if device == operator_device:
+        require_memory(num_bytes + working + apart, device, f"{purpose} and {extra} to work with")
+    else:
+        require_memory(num_bytes + working, device, purpose)
+        require_memory(working + apart, operator_device, f"{purpose} (elsewhere) and its {wanted} eigenvectors")
+    return LanczosBasis(wanted, rows, size, dtype, work_dtype, device)
 
 
-def _norm(vector: Tensor) -> Tensor:
-    """Return the 2-norm in float64: the squares of a float32 vector of 1e-20 would underflow."""
-    norm: Tensor = torch.linalg.vector_norm(vector, dtype=torch.float64)
-    return norm
+def _generator(device: torch.device) -> torch.Generator:
+    """Return a generator of the run's own, seeded from torch's: its state can be part of a checkpoint."""
+    seed = int(torch.randint(2**63 - 1, ()))
+    return torch.Generator(device).manual_seed(seed)

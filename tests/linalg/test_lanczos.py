@@ -114,7 +114,7 @@ def test_tolerances_are_relative(constant: float, dtype: torch.dtype) -> None:
 def test_too_few_products_are_reported_and_not_hidden() -> None:
     dense = matrix("indefinite", 300)
     pairs = lanczos(DenseLinearOperator(dense), 5, max_matvecs=8, generator=torch.Generator().manual_seed(0))
-    assert not pairs.converged.all() and pairs.num_matvecs == 13
+    assert not pairs.converged.all() and pairs.num_matvecs == 8
     residuals = (dense @ pairs.eigenvectors - pairs.eigenvectors * pairs.eigenvalues).norm(dim=0)
     torch.testing.assert_close(pairs.residuals, residuals)
 
@@ -132,7 +132,9 @@ def test_bad_arguments() -> None:
         lanczos(op, (3, 2))
     with pytest.raises(ShapeError, match=r"operator must be \(D, D\); got \(2, 4, 4\)"):
         lanczos(DenseLinearOperator(torch.eye(4).expand(2, 4, 4)), 1)
-    with pytest.raises(ShapeError, match=r"start must be a vector of the size of the operator; got \(3,\)"):
+    with pytest.raises(
+        ShapeError, match=r"start must be a vector of the size of the operator, .* s <= 1, .*; got \(3,\)"
+    ):
         lanczos(op, 1, start=torch.ones(3))
     with pytest.raises(ValueError, match="which must be one of LA, SA, LM, BE; got 'XX'"):
         lanczos(op, 1, "XX")
@@ -148,5 +150,6 @@ def test_bad_arguments() -> None:
 
 def test_a_basis_that_does_not_fit_is_refused_before_it_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowrank_bdl.linalg.memory.available_memory", lambda device: 1000)
-    with pytest.raises(MemoryLimitError, match=r"the Lanczos basis of 13 vectors of 50 needs 0\.00 GiB on cpu"):
+    message = r"the Lanczos basis of 13 vectors of 50 and 2 to work with needs 0\.00 GiB on cpu"
+    with pytest.raises(MemoryLimitError, match=message):
         lanczos(DiagLinearOperator(torch.arange(50.0).double()), 1, num_basis=12)

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from lowrank_bdl.errors import CheckpointError
-from lowrank_bdl.posteriors import files
-from lowrank_bdl.posteriors.files import read_tensors, write_tensors
+from lowrank_bdl.linalg import files
+from lowrank_bdl.linalg.files import read_tensors, write_tensors
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(3, dtype=torch.int64)}
 
