@@ -43,6 +43,44 @@ def batch_norm_mode(model: nn.Module, mode: BatchNormMode) -> Iterator[nn.Module
         yield model
 
 
+def check_modes(reduction: str, bn_mode: str) -> None:
+    """Raise ValueError unless both are known."""
+    for name, value, known in (("reduction", reduction, ("mean", "sum")), ("bn_mode", bn_mode, ("eval", "train"))):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
+
+
+def split_batch(batch: Any, device: torch.device | None) -> tuple[Any, Tensor, int]:
+    """Return the parts of a batch ``(x, y)`` on a device, and its number of examples, the length of y.
+
+    Args:
+        batch: As a loader gives it.
+        device: Where to; None leaves everything where it is.
+
+    Raises:
+        ShapeError: If the batch is not ``(x, y)``, or y is no tensor with at least one example.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        form = type(batch).__name__ + (f" of {len(batch)} entries" if hasattr(batch, "__len__") else "")
+        raise ShapeError(f"A batch must be (x, y): the loss needs targets; got {form}.")
+    inputs, targets = batch if device is None else (to_device(part, device) for part in batch)
+    if not isinstance(targets, Tensor) or targets.ndim == 0 or len(targets) == 0:
+        form = str(tuple(targets.shape)) if isinstance(targets, Tensor) else type(targets).__name__
+        raise ShapeError(f"Targets must be a tensor with at least one example on the first axis; got {form}.")
+    if isinstance(inputs, Tensor) and inputs.is_inference():  # autograd cannot save it
+        inputs = inputs.clone()
+    return inputs, targets.clone() if targets.is_inference() else targets, len(targets)
+
+
+def scalar_loss(loss_fn: LossFn, outputs: Any, targets: Tensor, reduction: Reduction) -> Tensor:
+    """Return ``loss_fn(outputs, targets)``; raises ShapeError unless it is a scalar."""
+    loss = loss_fn(outputs, targets)
+    if not isinstance(loss, Tensor) or loss.ndim != 0:
+        form = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ShapeError(f"loss_fn must return a scalar tensor, the {reduction} over the batch; got {form}.")
+    return loss
+
+
 class LossGradients:
     """Gradients of ``loss_fn(model(x), y)`` with respect to some of a network's weights, as flat vectors.
 
@@ -74,31 +112,15 @@ class LossGradients:
         bn_mode: BatchNormMode = "eval",
         call_fn: CallFn | None = None,
     ) -> None:
-        for name, value, known in (("reduction", reduction, ("mean", "sum")), ("bn_mode", bn_mode, ("eval", "train"))):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
+        check_modes(reduction, bn_mode)
         self.model, self.layout, self.loss_fn = model, layout, loss_fn
         self.reduction, self.bn_mode = reduction, bn_mode
         self._network = StatelessModel(model, call_fn)
         self._vectorize = True
 
     def split(self, batch: Any) -> tuple[Any, Any, int]:
-        """Return a batch ``(x, y)`` on the model's device, and its number of examples, the length of y.
-
-        Raises:
-            ShapeError: If the batch is not ``(x, y)``, or y is no tensor with at least one example.
-        """
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            form = type(batch).__name__ + (f" of {len(batch)} entries" if hasattr(batch, "__len__") else "")
-            raise ShapeError(f"A batch must be (x, y): the loss needs targets; got {form}.")
-        device = self._network.device
-        inputs, targets = batch if device is None else (to_device(part, device) for part in batch)
-        if not isinstance(targets, Tensor) or targets.ndim == 0 or len(targets) == 0:
-            form = str(tuple(targets.shape)) if isinstance(targets, Tensor) else type(targets).__name__
-            raise ShapeError(f"Targets must be a tensor with at least one example on the first axis; got {form}.")
-        if isinstance(inputs, Tensor) and inputs.is_inference():  # autograd cannot save it
-            inputs = inputs.clone()
-        return inputs, targets.clone() if targets.is_inference() else targets, len(targets)
+        """Return a batch ``(x, y)`` on the model's device, and its number of examples, as `split_batch`."""
+        return split_batch(batch, self._network.device)
 
     def of_batch(self, batch: tuple[Any, Tensor], size: int) -> Tensor:
         """Return the gradient of the mean loss of a batch, shape ``(D,)``.
@@ -151,11 +173,8 @@ class LossGradients:
         return dict(zip(self.layout.names, (p.detach() for p in self.layout.parameters_of(self.model)), strict=True))
 
     def _loss(self, weights: Mapping[str, Tensor], inputs: Any, targets: Any) -> Tensor:
-        loss = self.loss_fn(self._network(weights, (inputs, targets)), targets)
-        if not isinstance(loss, Tensor) or loss.ndim != 0:
-            form = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ShapeError(f"loss_fn must return a scalar tensor, the {self.reduction} over the batch; got {form}.")
-        return loss
+        outputs = self._network(weights, (inputs, targets))
+        return scalar_loss(self.loss_fn, outputs, targets, self.reduction)
 
     def _example_loss(self, weights: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
         return self._loss(weights, inputs.unsqueeze(0), targets.unsqueeze(0))
