@@ -75,7 +75,5 @@ def test_a_foreign_operator_is_one_of_ours():
 
 
 def test_refuses_what_is_no_operator():
-    with pytest.raises(
-        TypeError, match="an operator of curvlinops, with an attribute 'dtype'; got <class '.*obj"
-    ):
+    with pytest.raises(TypeError, match="an operator of curvlinops, with an attribute 'dtype'; got <class '.*obj"):
         from_curvlinops(type("obj", (), {"shape": (1, 1)})())

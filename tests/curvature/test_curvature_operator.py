@@ -221,9 +221,7 @@ def test_a_matrix_that_is_not_symmetric_is_refused():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), Scale(), nn.Linear(4, 3)).double()
     data = (torch.randn(7, 3).double(), torch.randint(3, (7,)))
-    with pytest.raises(
-        LowRankBDLError, match="must be symmetric; for two vectors u'Hv is .*pass that is detached"
-    ):
+    with pytest.raises(LowRankBDLError, match="must be symmetric; for two vectors u'Hv is .*pass that is detached"):
         HessianLinearOperator(net, cross_entropy, data)
     dense = HessianLinearOperator(net, cross_entropy, data, check=False).to_dense()
     assert (dense - dense.mT).norm() > 0.01 * dense.norm()
