@@ -209,6 +209,9 @@ def _iterate(
         stop = run.exhausted or spent
         if stop or run.full or _due(known.size, 1 if callback else wanted.total):
             ritz = known.ritz()
+            if not run.exhausted and known.complete(ritz, tolerance * ritz.scale):
+                run.look_elsewhere(complete=run.random)
+                ritz = known.ritz()
             done = known.finished(ritz, wanted, tolerance * ritz.scale)
             if callback is not None:
                 stop = bool(callback(_progress(run, ritz, wanted, tolerance))) or stop

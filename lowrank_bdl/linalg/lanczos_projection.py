@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RESOLVED = 0.1
+RESOLVED = 0.03
 """Extreme values of what is left beside settled rows are known by residuals below this part of the largest of them."""
 
 
@@ -54,6 +54,14 @@ class Wanted:
         top = min(top, len(values) - bottom)
         return torch.cat((order[:top], order[len(order) - bottom :]))
 
+    def excess(self, low: float, high: float, chosen: Tensor) -> float:
+        """Return by how much values from ``low`` to ``high`` may go beyond the innermost of the chosen ones."""
+        if self.by_size:
+            return max(-low, high) - float(chosen.abs().min())
+        above = high - float(chosen[: self.top].min()) if self.top else -math.inf
+        below = float(chosen[self.top :].max()) - low if self.bottom else -math.inf
+        return max(above, below)
+
     def any(self) -> "Wanted":
         """Return the same ends with one value each."""
         return Wanted(min(self.top, 1), min(self.bottom, 1), self.by_size)
@@ -79,6 +87,15 @@ class Ritz:
     def scale(self) -> float:
         """The largest value in size: what tolerances are relative to."""
         return float(self.values.abs().max())
+
+    @property
+    def resolved(self) -> float:
+        """The residual below which the other pairs tell something about the operator on their space.
+
+        A random vector's is of the size of its value, which may be below any tolerance relative to the largest of all.
+        """
+        own = float(self.values[self.settled :].abs().max())
+        return max(RESOLVED * own, torch.finfo(self.values.dtype).eps * self.scale)
 
 
 class Projection:
@@ -160,6 +177,11 @@ class Projection:
         unseen = self.lost[:size].square() @ vectors.square()
         return Ritz(values, vectors, (defects.square().sum(0) + unseen).sqrt(), self.settled)
 
+    def complete(self, ritz: Ritz, tolerance: float) -> bool:
+        """Tell whether every pair beside the settled rows is within the tolerance: their space is invariant to it."""
+        residuals = ritz.residuals[ritz.settled :]
+        return len(residuals) > 0 and bool((residuals <= min(tolerance, ritz.resolved)).all())
+
     def finished(self, ritz: Ritz, wanted: Wanted, tolerance: float) -> bool:
         """Tell whether the wanted pairs are within the tolerance, and nothing can be missing among them.
 
@@ -171,19 +193,17 @@ class Projection:
         order = wanted.choose(ritz.values)
         if len(order) < wanted.total or bool((ritz.residuals[order] > tolerance).any()):
             return False
-        fresh = ritz.values[ritz.settled :]
-        if len(fresh):
-            ends = wanted.any().choose(fresh) + ritz.settled
-            # a first random vector has a residual of the size of its value, which may be below any tolerance
-            own = max(RESOLVED * float(fresh.abs().max()), torch.finfo(fresh.dtype).eps * ritz.scale)
-            within = bool((ritz.residuals[ends] <= min(tolerance, own)).all())
-            return within and (self.pending == 0 or self._steady(ritz, order, wanted, tolerance))
-        low, high = self.bounds.tolist()
-        if wanted.by_size:
-            return bool(max(-low, high) <= float(ritz.values[order].abs().min()) + tolerance)
-        above = not wanted.top or high <= float(ritz.values[order[: wanted.top]].min()) + tolerance
-        below = not wanted.bottom or low >= float(ritz.values[order[wanted.top :]].max()) - tolerance
-        return bool(above and below)
+        chosen = ritz.values[order]
+        if len(ritz.values) == ritz.settled:
+            low, high = self.bounds.tolist()
+            return wanted.excess(low, high, chosen) <= tolerance
+        fresh, residuals, own = ritz.values[ritz.settled :], ritz.residuals[ritz.settled :], ritz.resolved
+        for end in wanted.any().choose(fresh) if ritz.settled else ():
+            value, residual = float(fresh[end]), float(residuals[end])
+            near = residual <= tolerance or wanted.excess(value - residual, value + residual, chosen) <= 0
+            if residual > own or not near:
+                return False
+        return self.pending == 0 or self._steady(ritz, order, wanted, tolerance)
 
     def _steady(self, ritz: Ritz, order: Tensor, wanted: Wanted, tolerance: float) -> bool:
         """Tell whether the latest step left the wanted values as they were: that none has only begun to emerge.

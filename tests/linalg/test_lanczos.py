@@ -1,4 +1,4 @@
-"""Lanczos against dense eigendecompositions, easy and nasty."""
+"""Lanczos against dense eigendecompositions, easy and nasty, and the number of products it needs."""
 
 import math
 
@@ -12,7 +12,7 @@ from lowrank_bdl.linalg.lanczos import Eigenpairs, lanczos
 from tests.linalg.cases import Case
 
 
-def matrix(kind: str, size: int = 60) -> Tensor:
+def matrix(kind: str, size: int = 40) -> Tensor:
     g = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(size, size, generator=g).double()).Q
     values = {
@@ -72,17 +72,17 @@ def test_matches_a_dense_decomposition(kind: str, which: str, dtype: torch.dtype
 
 def test_callables_and_start_vectors() -> None:
     dense = matrix("indefinite")
-    start = torch.ones(60).double()
+    start = torch.ones(40).double()
     pairs = lanczos(lambda v: dense @ v, 3, start=start)
     check(pairs, dense, torch.linalg.eigvalsh(dense).flip(0)[:3], torch.float64)
-    invariant = torch.zeros(60).double()
+    invariant = torch.zeros(40).double()
     invariant[7] = 1.0  # an eigenvector: the space it spans is invariant
     diagonal = matrix("diagonal")
     check(lanczos(lambda v: diagonal @ v, 2, start=invariant, generator=torch.Generator().manual_seed(0)),
-          diagonal, torch.tensor([39.0, 38.0]).double(), torch.float64)  # fmt: skip
+          diagonal, torch.tensor([19.0, 18.0]).double(), torch.float64)  # fmt: skip
     check(lanczos(lambda v: v, 3, start=start, generator=torch.Generator().manual_seed(0)),
-          torch.eye(60).double(), torch.ones(3).double(), torch.float64)  # fmt: skip
-    assert torch.equal(start, torch.ones(60).double())
+          torch.eye(40).double(), torch.ones(3).double(), torch.float64)  # fmt: skip
+    assert torch.equal(start, torch.ones(40).double())
 
 
 @pytest.mark.parametrize("k, which", [(1, "LA"), (1, "SA"), (1, "BE"), ((0, 1), "LA"), (0, "LA"), ((0, 0), "LA")])
@@ -146,6 +146,140 @@ def test_bad_arguments() -> None:
         lanczos(op, 2, num_basis=2)
     with pytest.raises(ValueError, match="got None and 1"):
         lanczos(op, 2, max_matvecs=1)
+
+
+def spectrum(name: str, size: int = 300) -> Tensor:
+    """Eigenvalues of a diagonal operator: for Krylov spaces of random vectors as good as any with this spectrum."""
+    extremes, bulk = {
+        "cluster": ([10, 9.9, 9.8, 9.7, 9.6, -3, -3.1], (-1, 9)),  # peers: 27 ghosts above 9.55; {10, 10, 10, 10, 9.9}
+        "rank 3": ([300, 20, 1, 0], (0, 0)),  # peers: 300 four times, 20 three times
+        "indefinite": ([24, 23, 7, -24.3, -20], (-2, 3)),  # peers: negative values turned into 1
+        "multiple": ([10, 10, 10, 9.7, 9.7, -5, -5], (-1, 2)),
+    }[name]
+    return torch.cat((torch.tensor(extremes), torch.linspace(*bulk, size - len(extremes)))).double()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_basis": 16, "max_matvecs": 2000}, {"block_size": 3, "num_basis": 90}])
+@pytest.mark.parametrize("name", ["cluster", "rank 3", "indefinite"])
+def test_spectra_on_which_peers_fail(name: str, options: dict[str, int]) -> None:
+    values = spectrum(name)
+    pairs = lanczos(DiagLinearOperator(values), (5, 2), generator=torch.Generator().manual_seed(0), **options)
+    ordered = values.sort(descending=True).values
+    assert pairs.converged.all()
+    torch.testing.assert_close(pairs.eigenvalues, torch.cat((ordered[:5], ordered[-2:])), rtol=0, atol=1e-9)
+    torch.testing.assert_close(pairs.residuals, measured(values, pairs), rtol=1e-6, atol=1e-11)
+
+
+def measured(values: Tensor, pairs: Eigenpairs) -> Tensor:
+    return (values[:, None] * pairs.eigenvectors - pairs.eigenvectors * pairs.eigenvalues).norm(dim=0)
+
+
+@pytest.mark.parametrize("options", [{"confirm": True}, {"block_size": 3}])
+def test_multiple_eigenvalues(options: dict[str, int]) -> None:
+    values = spectrum("multiple")
+    expected = torch.tensor([10, 10, 10, 9.7, 9.7, -5, -5]).double()
+    missed = 0
+    for seed in range(8):
+        generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
+        single = lanczos(DiagLinearOperator(values), (5, 2), tol=1e-3, generator=generators[0])
+        pairs = lanczos(DiagLinearOperator(values), (5, 2), tol=1e-3, generator=generators[1], **options)
+        assert pairs.converged.all() and (pairs.eigenvalues - expected).abs().max() < 1e-2
+        missed += bool((single.eigenvalues - expected).abs().max() > 1e-2)
+    assert missed > 0, "a plain run finds all copies too: the test shows nothing"
+
+
+@pytest.mark.parametrize("k, products", [((5, 0), 5), ((3, 2), 5), ((0, 1), 1), ((40, 0), 40)])
+@pytest.mark.parametrize("kind", ["identity", "zero"])
+def test_an_invariant_space_needs_no_product_more(kind: str, k: tuple[int, int], products: int) -> None:
+    pairs = lanczos(DenseLinearOperator(matrix(kind)), k, generator=torch.Generator().manual_seed(0))
+    assert pairs.num_matvecs == products and pairs.converged.all()
+    assert (pairs.eigenvalues - float(kind == "identity")).abs().max() < 1e-14
+
+
+def test_copies_behind_an_invariant_space_are_proved_to_be_found_or_not_there() -> None:
+    """Four values of multiplicity 3, 2, 1 and many: Krylov spaces of 4, 3, 2 and 1 dimensions, and no product more."""
+    dense = matrix("clustered")
+    found = lanczos(DenseLinearOperator(dense), 4, generator=torch.Generator().manual_seed(0))
+    assert found.num_matvecs == 10
+    torch.testing.assert_close(found.eigenvalues, torch.tensor([5, 5, 5, 3.0]).double(), rtol=0, atol=1e-12)
+    start = torch.linalg.eigh(dense).eigenvectors[:, 20]  # itself invariant: what it does not meet may be there
+    one = lanczos(DenseLinearOperator(dense), 1, start=start, generator=torch.Generator().manual_seed(0))
+    assert abs(one.eigenvalues.item() - 5) < 1e-12 and one.num_matvecs <= 6
+    largest = lanczos(DenseLinearOperator(-dense), 3, "LM", start=start, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(largest.eigenvalues, torch.full((3,), -5.0).double(), rtol=0, atol=1e-12)
+
+
+def fewest(values: Tensor, start: Tensor, top: int, bottom: int, tol: float) -> int:
+    """The least dimension of a Krylov space, from a basis by QR, whose wanted Ritz pairs have small residuals."""
+    basis = (start / start.norm())[:, None]
+    while True:
+        ritz, vectors = torch.linalg.eigh(basis.mT @ (values[:, None] * basis))
+        size = len(ritz)
+        if size >= top + bottom:
+            pick = [*range(bottom), *range(size - top, size)]
+            kept = basis @ vectors[:, pick]
+            residuals = (values[:, None] * kept - kept * ritz[pick]).norm(dim=0)
+            if residuals.max() <= tol * ritz.abs().max():
+                return size
+        basis = torch.linalg.qr(torch.cat((basis, values[:, None] * basis[:, -1:]), 1)).Q
+
+
+@pytest.mark.parametrize("tol", [1e-3, 1e-6])
+def test_both_ends_take_as_few_products_as_any_krylov_method_can(tol: float) -> None:
+    values = torch.cat((10 * 0.85 ** torch.arange(200.0), -3 * 0.8 ** torch.arange(200.0))).double()  # like a Hessian's
+    start = torch.randn(400, generator=torch.Generator().manual_seed(0)).double()
+    best = fewest(values, start, 20, 5, tol)
+    both = lanczos(DiagLinearOperator(values), (20, 5), tol=tol, start=start)
+    ends = [lanczos(DiagLinearOperator(values), k, tol=tol, start=start) for k in ((20, 0), (0, 5))]
+    assert both.num_matvecs == best <= 55, (both.num_matvecs, best)
+    assert both.converged.all() and both.num_matvecs < sum(one.num_matvecs for one in ends)
+    small = lanczos(DiagLinearOperator(values), (20, 5), tol=tol, start=start, num_basis=34)
+    assert small.converged.all() and small.num_matvecs <= 1.3 * best
+    torch.testing.assert_close(small.eigenvalues, both.eigenvalues, rtol=0, atol=10 * tol)
+
+
+def test_residuals_hold_what_is_not_symmetric() -> None:
+    g = torch.Generator().manual_seed(0)
+    dense = matrix("indefinite", 100) + 1e-4 * torch.randn(100, 100, generator=g).double()
+    pairs = lanczos(lambda v: dense @ v, 3, start=torch.ones(100).double(), max_matvecs=80, num_basis=30)
+    residuals = (dense @ pairs.eigenvectors - pairs.eigenvectors * pairs.eigenvalues).norm(dim=0)
+    assert not pairs.converged.any() and residuals.min() > 1e-4
+    torch.testing.assert_close(pairs.residuals, residuals, rtol=0.3, atol=0)
+    checked = lanczos(lambda v: dense @ v, 3, start=torch.ones(100).double(), max_matvecs=80, num_basis=30, verify=True)
+    assert checked.num_matvecs == pairs.num_matvecs + 3
+    torch.testing.assert_close(checked.residuals, residuals)
+
+
+@pytest.mark.parametrize("block_size", [2, 3, 7])
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks(kind: str, block_size: int) -> None:
+    dense = matrix(kind)
+    values = torch.linalg.eigvalsh(dense).flip(0)
+    for k in ((3, 2), (39, 0), (20, 20)):
+        calls: list[tuple[int, ...]] = []
+
+        def product(columns: Tensor, calls: list[tuple[int, ...]] = calls) -> Tensor:
+            calls.append(tuple(columns.shape))
+            return dense @ columns
+
+        start = torch.randn(40, 2, generator=torch.Generator().manual_seed(1)).double()
+        pairs = lanczos(
+            product, k, start=start, block_size=block_size, generator=torch.Generator().manual_seed(2), max_matvecs=2000
+        )
+        check(pairs, dense, torch.cat((values[: k[0]], values[40 - k[1] :])), torch.float64)
+        assert calls[0] == (40, block_size)
+        assert sum(shape[1] if len(shape) == 2 else 1 for shape in calls) == pairs.num_matvecs
+
+
+def test_dependent_start_vectors_and_products_that_differ_by_rounding() -> None:
+    dense = matrix("hessian")
+    values = torch.linalg.eigvalsh(dense).flip(0)
+    vector = torch.randn(40, 1, generator=torch.Generator().manual_seed(1)).double()
+    noise = 1e-13 * torch.randn(40, 1, generator=torch.Generator().manual_seed(3)).double()
+    for other in (vector, vector + noise, 1e-20 * vector + noise):
+        start = torch.cat((vector, other), 1)
+        pairs = lanczos(lambda v: dense @ v, (3, 1), start=start, block_size=2, tol=1e-9)
+        check(pairs, dense, torch.cat((values[:3], values[-1:])), torch.float64)
 
 
 def test_a_basis_that_does_not_fit_is_refused_before_it_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
