@@ -174,6 +174,4 @@ def spectral_density(
         for together in probed.blocks(num_probes, vectors, purpose)
     ]
     diagonal, off_diagonal = (torch.cat(part) for part in zip(*parts, strict=True))
-    return SpectralDensity(
-        *gauss_rule(diagonal, off_diagonal), diagonal, off_diagonal, probed.size, probed.num_matvecs
-    )
+    return SpectralDensity(*gauss_rule(diagonal, off_diagonal), diagonal, off_diagonal, probed.size, probed.num_matvecs)
