@@ -1,7 +1,10 @@
 """Bayesian deep learning on structured linear algebra: the covariance of the weights is low-rank plus diagonal."""
 
 # curvature
+from lowrank_bdl.curvature.fisher_operator import FisherLinearOperator
+from lowrank_bdl.curvature.ggn import GGNLinearOperator
 from lowrank_bdl.curvature.gradient_covariance import GradientCovariance
+from lowrank_bdl.curvature.hessian import HessianLinearOperator
 
 # errors
 from lowrank_bdl.errors import (
@@ -19,11 +22,14 @@ from lowrank_bdl.errors import (
 from lowrank_bdl.linalg.block_diagonal import BlockDiagonalLinearOperator
 from lowrank_bdl.linalg.inverse import InverseLowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.kronecker import KroneckerSpectralLinearOperator
-from lowrank_bdl.linalg.lanczos import Eigenpairs, lanczos
+from lowrank_bdl.linalg.lanczos import Eigenpairs, LanczosProgress, lanczos
+from lowrank_bdl.linalg.log_determinant import logdet
 from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.moments import StreamingMoments
 from lowrank_bdl.linalg.multivariate_normal import MultivariateNormal
 from lowrank_bdl.linalg.ring_buffer import DeviationBuffer
+from lowrank_bdl.linalg.spectral_density import SpectralDensity, spectral_density
+from lowrank_bdl.linalg.stochastic_trace import diagonal, trace
 
 # parameters
 from lowrank_bdl.parameters.batch_norm import recalibrate_batch_norm, recalibrate_batch_norm_
@@ -62,12 +68,16 @@ __all__ = [
     "DiagonalLaplace",
     "Eigenpairs",
     "EmpiricalPosterior",
+    "FisherLinearOperator",
     "FunctionalModel",
+    "GGNLinearOperator",
     "GaussianPosterior",
     "GradientCovariance",
+    "HessianLinearOperator",
     "InverseLowRankPlusDiagLinearOperator",
     "KFACLaplace",
     "KroneckerSpectralLinearOperator",
+    "LanczosProgress",
     "LowRankBDLError",
     "LowRankPlusDiagLinearOperator",
     "MemoryEstimate",
@@ -81,21 +91,26 @@ __all__ = [
     "Predictive",
     "SWAG",
     "ShapeError",
+    "SpectralDensity",
     "StaleError",
     "StoredPosterior",
     "StreamingMoments",
     "TemperatureScaling",
     "WeightSnapshots",
     "__version__",
+    "diagonal",
     "estimate_memory",
     "homoscedastic_noise",
     "kl_divergence",
     "lanczos",
     "load_posterior",
+    "logdet",
     "metrics",
     "predict",
     "recalibrate_batch_norm",
     "recalibrate_batch_norm_",
     "relative_noise",
     "schedules",
+    "spectral_density",
+    "trace",
 ]
