@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from linear_operator.operators import DenseLinearOperator, DiagLinearOperator
+from linear_operator.operators import (
+    DenseLinearOperator,
+    DiagLinearOperator,
+    LowRankRootAddedDiagLinearOperator,
+    LowRankRootLinearOperator,
+)
 from torch import Tensor
 
 from lowrank_bdl.errors import NonFiniteError, NotPSDError, ShapeError
@@ -83,6 +88,16 @@ def test_functions_tensors_and_operators_agree_and_repeat() -> None:
     ):
         torch.testing.assert_close(other.value, first.value, rtol=1e-6, atol=0)
         torch.testing.assert_close(other.standard_error, first.standard_error, rtol=1e-4, atol=0)
+
+
+def test_operators_of_linear_operator_itself() -> None:
+    ours, dense = Case((), 60, 4).make()
+    shipped = LowRankRootAddedDiagLinearOperator(LowRankRootLinearOperator(ours.root), DiagLinearOperator(ours.diag))
+    for operator in (shipped, ours + DenseLinearOperator(dense), shipped * 2.0):
+        found = logdet(operator, 50, 60, generator=seeded(4))
+        truth = torch.logdet(operator.to_dense())
+        assert found.num_matvecs == 50 * 60 and 0 < found.standard_error.item() < 3
+        assert abs((found.value - truth).item()) < 6.5 * found.standard_error.item()  # 4e-8 by Student's t
 
 
 def test_matrices_without_a_log_determinant() -> None:
