@@ -2,7 +2,8 @@
 
 A product with the Hessian is a backward pass through the graph of the gradient (Pearlmutter, "Fast exact multiplication
 by the Hessian", 1994); one with the Jacobian is a backward pass through the graph of its transposed product, which is
-linear in the vector that it multiplies. Both take some half of the time of forward-mode differentiation of a gradient.
+linear in the vector that it multiplies. The former takes some half of the time of forward-mode differentiation of a
+gradient.
 """
 
 import warnings

@@ -23,7 +23,7 @@ from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
 
 Vectors: TypeAlias = Sequence[Tensor | None]
-Product: TypeAlias = Callable[[Vectors], Vectors]
+Product: TypeAlias = Callable[[Sequence[Tensor]], Vectors]
 
 _NUMBERS_AT_ONCE = 2**24
 """Entries of the unit vectors that are multiplied in one pass over the data for parts of the matrix."""

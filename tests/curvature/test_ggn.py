@@ -20,7 +20,11 @@ def test_every_kind_of_layer_in_ragged_batches(name):
     net, x, y = build(name)
     jacobian, middle = jacobians(net, x), categorical_hessians(outputs_of(net, x))
     expected = (jacobian.mT @ middle @ jacobian).mean(0)
-    assert_close(GGNLinearOperator(net, cross_entropy, batches(x, y)).to_dense(), expected, cond=10)
+    together = GGNLinearOperator(net, cross_entropy, batches(x, y))
+    assert_close(together.to_dense(), expected, cond=10)
+    one_by_one = GGNLinearOperator(net, cross_entropy, batches(x, y), chunk_size=1)
+    assert_close(one_by_one.to_dense(), expected, cond=10)
+    assert one_by_one._forward_mode == (name != "weight norm"), "torch has no forward derivative of weight norm"
 
 
 @pytest.mark.parametrize("name, bn_mode", [("mlp", "eval"), ("tied", "eval"), ("conv", "eval"), ("conv", "train")])
@@ -31,6 +35,8 @@ def test_every_eigenvalue_of_networks_of_500_to_800_weights(name, bn_mode):
     expected = dense_ggn(net, data, bn_mode=bn_mode)
     found = ggn.to_dense()
     assert_close(found, expected, cond=100)
+    vectors = torch.eye(ggn.shape[0], dtype=torch.float64)[:, ::50]
+    assert_close(torch.stack([ggn @ vector for vector in vectors.mT], dim=1), expected[:, ::50], cond=100)
     values = torch.linalg.eigvalsh(found)
     assert (values - torch.linalg.eigvalsh(expected)).abs().max() <= 1e-10 * values.max()
     assert values.min() >= -1e-12 * values.max(), "positive semi-definite"

@@ -27,7 +27,8 @@ def test_every_kind_of_layer_in_ragged_batches(name):
     expected = dense_hessian(net, data)
     mean = HessianLinearOperator(net, cross_entropy, data)
     assert_close(mean.to_dense(), expected, cond=10)
-    assert_close(HessianLinearOperator(net, sum_loss, data, reduction="sum", check=False).to_dense(), expected, cond=10)
+    total = HessianLinearOperator(net, sum_loss, data, reduction="sum", check=False, chunk_size=4)
+    assert_close(total.to_dense(), expected, cond=10)
     assert (mean.num_data, mean.dtype, mean.shape) == (7, torch.float64, torch.Size(expected.shape))
 
 
