@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_bdl.curvature.backward import Backward, vectors_at_once
+from lowrank_bdl.curvature.backward import Backward, differentiable_kernels, is_missing_derivative, vectors_at_once
 from tests.oracles import assert_close
 
 
@@ -48,3 +48,25 @@ def test_how_many_vectors_go_at_once_falls_with_what_the_network_saves():
     small, large = at_once(10), at_once(100)
     assert small > 3 * large > 3 and at_once(100_000) == 1
     assert at_once(10, 1 << 20) == 1
+
+
+@pytest.mark.parametrize(
+    "message, missing",
+    [
+        ("derivative for aten::_scaled_dot_product_flash_attention_for_cpu_backward is not implemented", True),
+        ("The derivative for '_cudnn_rnn_backward' is not implemented. Double backwards is not supported", True),
+        ("cudnn RNN backward can only be called in training mode", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+        ("CUDA out of memory", False),
+    ],
+)
+def test_what_torch_says_of_missing_derivatives(message, missing):
+    assert is_missing_derivative(RuntimeError(message)) == missing
+
+
+def test_settings_of_kernels_are_set_back():
+    before = torch.backends.cudnn.enabled, torch.backends.cuda.flash_sdp_enabled()
+    with pytest.raises(KeyError, match="inside"), differentiable_kernels():
+        assert not torch.backends.cudnn.enabled and not torch.backends.cuda.flash_sdp_enabled()
+        raise KeyError("inside")
+    assert (torch.backends.cudnn.enabled, torch.backends.cuda.flash_sdp_enabled()) == before
