@@ -27,6 +27,7 @@ from lowrank_bdl.linalg.log_determinant import logdet
 from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.moments import StreamingMoments
 from lowrank_bdl.linalg.multivariate_normal import MultivariateNormal
+from lowrank_bdl.linalg.probing import StochasticEstimate
 from lowrank_bdl.linalg.ring_buffer import DeviationBuffer
 from lowrank_bdl.linalg.spectral_density import SpectralDensity, spectral_density
 from lowrank_bdl.linalg.stochastic_trace import diagonal, trace
@@ -93,6 +94,7 @@ __all__ = [
     "ShapeError",
     "SpectralDensity",
     "StaleError",
+    "StochasticEstimate",
     "StoredPosterior",
     "StreamingMoments",
     "TemperatureScaling",
