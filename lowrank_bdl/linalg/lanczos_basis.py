@@ -153,8 +153,8 @@ class LanczosBasis:
         return iter((slice(0, self.dim),)) if self.dtype == self.work_dtype else self._chunks(count)
 
     def _chunks(self, count: int) -> Iterator[slice]:
-        """Yield slices of columns, ``count`` rows of which are about one vector, or fit a cache."""
-        width = max(self.dim // max(count, 1), 1024)
+        """Yield slices of columns, ``count`` rows of which are a quarter of a vector, or fit a cache."""
+        width = max(self.dim // max(4 * count, 1), 1024)
         if self.device.type == "cpu":
             width = min(width, CPU_CHUNK)
         for start in range(0, self.dim, width):
