@@ -1,6 +1,7 @@
 """Bayesian deep learning on structured linear algebra: the covariance of the weights is low-rank plus diagonal."""
 
 # curvature
+from lowrank_bdl.curvature.adapters import from_curvlinops, to_scipy
 from lowrank_bdl.curvature.fisher_operator import FisherLinearOperator
 from lowrank_bdl.curvature.ggn import GGNLinearOperator
 from lowrank_bdl.curvature.gradient_covariance import GradientCovariance
@@ -102,6 +103,7 @@ __all__ = [
     "__version__",
     "diagonal",
     "estimate_memory",
+    "from_curvlinops",
     "homoscedastic_noise",
     "kl_divergence",
     "lanczos",
@@ -114,5 +116,6 @@ __all__ = [
     "relative_noise",
     "schedules",
     "spectral_density",
+    "to_scipy",
     "trace",
 ]
