@@ -248,6 +248,27 @@ class RunDir:
     def write_json(self, name: str, value: Any) -> None:
         write_atomically(self.path / name, to_json(value))
 
+    def read_cell(self, name: str, recipe: Any) -> dict[str, Any] | None:
+        """Return what an earlier part of this run wrote under a name; None if it did not come so far.
+
+        Args:
+            name: Of the file; what it holds is a dict with an entry ``recipe``.
+            recipe: What the numbers depend on, as JSON gives it back.
+
+        Raises:
+            SettingsError: If the file is damaged or of another recipe.
+        """
+        path = self.path / name
+        try:
+            cell: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"--resume: cannot read {path}: {error}; delete it to make it again") from None
+        if not isinstance(cell, dict) or cell.get("recipe") != recipe:
+            raise SettingsError(f"--resume: {path} is of another recipe; delete it to make it again")
+        return cell
+
     def log(self, **record: Any) -> None:
         """Append one record to log.jsonl."""
         with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:

@@ -160,24 +160,6 @@ def cell_file(cell: Cell) -> str:
     return f"cells/{cell.name}.json"
 
 
-def finished_cell(run: RunDir, cell: Cell, recipe: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what an earlier part of this run found, if it did.
-
-    Raises:
-        SettingsError: If the file is damaged or of other weights.
-    """
-    path = run.path / cell_file(cell)
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"--resume: cannot read {path}: {error}; delete it to evaluate it again") from None
-    if not isinstance(found, dict) or found.get("recipe") != recipe:
-        raise SettingsError(f"--resume: {path} is of other weights or settings; delete it to evaluate it again")
-    return found
-
-
 def run_cells(
     run: RunDir, bench: Bench, todo: Sequence[Cell], recipe: dict[str, Any], cells: dict[str, dict[str, Any]]
 ) -> None:
@@ -210,7 +192,7 @@ def work(settings: Settings) -> str:
     recipe = {**fixed(settings), "weights": bench.digest}
     cells = {}
     for cell in different if settings.resume else ():
-        if (found := finished_cell(folder, cell, recipe)) is not None:
+        if (found := folder.read_cell(cell_file(cell), recipe)) is not None:
             cells[cell.name] = found
     folder.begin()
     run_cells(folder, bench, [cell for cell in different if cell.name not in cells], recipe, cells)

@@ -27,7 +27,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -261,29 +260,19 @@ def run_cell(settings: Settings, point: Point, model: nn.Module, data: Datasets,
             "products": density.num_matvecs,
         }
     cell = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in cell.items()}
-    run.write_json(f"cells/{point.name}.json", cell)
+    run.write_json(cell_file(point), cell)
     (run.path / f"lanczos-{point.name}.safetensors").unlink(missing_ok=True)
     run.log(point=point.name, seconds=cell["seconds"])
     return dict(json.loads(json.dumps(cell)))
 
 
+def cell_file(point: Point) -> str:
+    return f"cells/{point.name}.json"
+
+
 def recipe_of(settings: Settings) -> dict[str, Any]:
     """Return the settings that a cell depends on."""
     return {name: value for name, value in fixed(settings).items() if name not in ("file", "samples")}
-
-
-def finished(settings: Settings, path: Path, point: Point) -> dict[str, Any] | None:
-    """Read a finished cell; None if there is none."""
-    file = path / "cells" / f"{point.name}.json"
-    if not settings.resume or not file.exists():
-        return None
-    try:
-        cell = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"--resume: cannot read {file}: {error}; delete it to compute it again") from None
-    if not isinstance(cell, dict) or cell.get("recipe") != recipe_of(settings):
-        raise SettingsError(f"--resume: {file} is of another recipe; delete it to compute it again")
-    return cell
 
 
 def work(settings: Settings) -> str:
@@ -294,7 +283,10 @@ def work(settings: Settings) -> str:
     model = make_network(settings, data, device)
     points = find_points(settings, model)
     layout_of(settings, model)
-    cells = {point.name: finished(settings, run.path, point) for point in points}
+    cells = {
+        point.name: run.read_cell(cell_file(point), recipe_of(settings)) if settings.resume else None
+        for point in points
+    }
     run.begin()
     (run.path / "cells").mkdir(exist_ok=True)
     for point in tqdm(points, "weights", unit="set", disable=len(points) == 1):

@@ -236,24 +236,6 @@ def recipe_of(settings: Settings) -> dict[str, Any]:
     return fixed(settings)
 
 
-def finished_cell(settings: Settings, folder: RunDir, key: Key) -> dict[str, Any] | None:
-    """Return what an earlier part of this run found, if it did.
-
-    Raises:
-        SettingsError: If the file is damaged or of another recipe.
-    """
-    path = folder.path / cell_file(key)
-    try:
-        cell: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"--resume: cannot read {path}: {error}; delete it to run it again") from None
-    if not isinstance(cell, dict) or cell.get("recipe") != recipe_of(settings):
-        raise SettingsError(f"--resume: {path} is of another recipe; delete it to run it again")
-    return cell
-
-
 def work(settings: Settings) -> str:
     """Check everything, then train and measure what is left; return what to print."""
     device = resolve_device(settings.device)
@@ -263,7 +245,10 @@ def work(settings: Settings) -> str:
         (f, s) for f in fractions(settings) for s in range(settings.first_seed, settings.first_seed + settings.seeds)
     ]
     try_model(make_trainer(run_settings(settings, keys[0]), clean, device), clean)
-    done = {key: cell for key in keys if settings.resume and (cell := finished_cell(settings, folder, key)) is not None}
+    done = {}
+    for key in keys if settings.resume else ():
+        if (cell := folder.read_cell(cell_file(key), recipe_of(settings))) is not None:
+            done[key] = cell
     todo = [key for key in keys if key not in done]
     for key in todo:
         is_finished(run_settings(settings, key))  # refuses a folder of another run

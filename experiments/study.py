@@ -130,24 +130,6 @@ def recipe_of(task: Task) -> dict[str, Any]:
     return dict(json.loads(json.dumps({k: v for k, v in dataclasses.asdict(task).items() if k not in free})))
 
 
-def finished_cell(run: RunDir, task: Task, seed: int) -> dict[str, Any] | None:
-    """Return what an earlier part of this study found with a seed, if it did.
-
-    Raises:
-        SettingsError: If the file is damaged or of another recipe.
-    """
-    path = run.path / cell_name(task, seed)
-    try:
-        cell: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"--resume: cannot read {path}: {error}; delete it to run that seed again") from None
-    if not isinstance(cell, dict) or cell.get("recipe") != recipe_of(task):
-        raise SettingsError(f"--resume: {path} is of another recipe of {task.name}; delete it to run that seed again")
-    return cell
-
-
 def run_cells(
     settings: Settings, run: RunDir, tasks: Sequence[Task], images: dict[str, StudyData], cells: dict[str, Any]
 ) -> None:
@@ -217,7 +199,7 @@ def work(settings: Settings) -> str:
     cells = {}
     for task in tasks if settings.resume else ():
         for seed in seeds_of(settings, task):
-            if (cell := finished_cell(run, task, seed)) is not None:
+            if (cell := run.read_cell(cell_name(task, seed), recipe_of(task))) is not None:
                 cells[cell_name(task, seed)] = cell
     run.begin()
     return f"{experiment(settings, run, tasks, images, cells)}\nwritten to {run.path}"

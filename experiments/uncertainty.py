@@ -203,7 +203,7 @@ def compare(settings: Settings, extra: Extra | None = None) -> str:
     sets = dataclasses.replace(sets, labelled={**sets.labelled, **extra.sets(settings, data)})
     found: Found = {}
     for method, seed in cells_of(settings, methods) if settings.resume else ():
-        if (cell := finished_cell(settings, run.path, method, seed)) is not None:
+        if (cell := finished_cell(settings, run, method, seed)) is not None:
             found[method, seed] = cell
     todo = [cell for cell in cells_of(settings, methods) if cell not in found]
     missing = []

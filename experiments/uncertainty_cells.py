@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import lowrank_bdl as lb
-from experiments.common import RunDir, SettingsError, fixed
+from experiments.common import RunDir, fixed
 from experiments.evaluation import Images, Predictions, detection_metrics, metrics_of, predict_splits
 from experiments.uncertainty_methods import METHODS, Bench, Fitted
 from experiments.uncertainty_plots import entropy_counts
@@ -45,24 +45,15 @@ def recipe_of(settings: Settings) -> dict[str, Any]:
     return fixed(settings)
 
 
-def finished_cell(settings: Settings, path: Path, method: str, seed: int) -> dict[str, Any] | None:
-    """Return what an earlier part of this comparison found, if it did.
+def finished_cell(settings: Settings, run: RunDir, method: str, seed: int) -> dict[str, Any] | None:
+    """Return what an earlier part of this comparison found, if it did, its predictions included.
 
     Raises:
         SettingsError: If the file is damaged or of another recipe.
     """
-    file = path / cell_file(method, seed)
-    if settings.save_predictions and not (path / cell_file(method, seed, "npz")).exists():
+    if settings.save_predictions and not (run.path / cell_file(method, seed, "npz")).exists():
         return None
-    try:
-        cell: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"--resume: cannot read {file}: {error}; delete it to run that cell again") from None
-    if not isinstance(cell, dict) or cell.get("recipe") != recipe_of(settings):
-        raise SettingsError(f"--resume: {file} is of another recipe; delete it to run that cell again")
-    return cell
+    return run.read_cell(cell_file(method, seed), recipe_of(settings))
 
 
 def predict(bench: Bench, fitted: Fitted, sets: ImageSets) -> tuple[dict[str, Predictions], dict[str, Any]]:

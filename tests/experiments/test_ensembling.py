@@ -371,7 +371,7 @@ def test_a_resume_that_does_not_fit_changes_nothing(
     refused(trained, "num_samples was 3, now 4", "--num_samples", "4")
     other = tmp_path / "other"
     assert train.main(["--dir", str(other), *TRAIN, "--seed", "2"]) == 0
-    refused(other, "is of other weights or settings; delete it to evaluate it again")
+    refused(other, "is of another recipe; delete it to make it again")
     (path / "cells" / "SWA.json").write_text("{")
     refused(trained, "cannot read")
 

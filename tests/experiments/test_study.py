@@ -328,7 +328,7 @@ def test_a_resume_with_other_settings_or_damaged_cells_changes_nothing(
     refused([*run, "--rank", "4"], "settings differ from those of")
     recorded = json.loads(cell.read_text())
     cell.write_text(json.dumps(recorded | {"recipe": recorded["recipe"] | {"lr_init": 9.0}}))
-    refused(run, "friedman1-1.json is of another recipe of friedman1; delete it to run that seed again")
+    refused(run, "friedman1-1.json is of another recipe; delete it to make it again")
     cell.write_text('{"task": ')
     refused(run, "cannot read")
     cell.unlink()

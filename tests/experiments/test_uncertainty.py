@@ -287,7 +287,7 @@ def test_a_resume_with_other_settings_or_damaged_cells_changes_nothing(
     file = path / "cells/SWA-1.json"
     found = json.loads(file.read_text())
     file.write_text(json.dumps(found | {"recipe": found["recipe"] | {"wd": 1.0}}))
-    refused(path, resumed, "SWA-1.json is of another recipe; delete it to run that cell again", capsys)
+    refused(path, resumed, "SWA-1.json is of another recipe; delete it to make it again", capsys)
     file.write_text('{"method": ')
     refused(path, resumed, "cannot read", capsys)
 
