@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lowrank_bdl as lb
 from experiments.common import SettingsError
-from lowrank_bdl.posteriors.files import read_tensors, write_tensors
+from lowrank_bdl.linalg.files import read_tensors, write_tensors
 
 WEIGHTS = "weights.safetensors"
 KIND = "final weights"

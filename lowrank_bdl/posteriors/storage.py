@@ -11,8 +11,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lowrank_bdl.errors import CheckpointError, NonFiniteError, ShapeError
+from lowrank_bdl.linalg.files import read_kind, read_tensors, write_tensors
 from lowrank_bdl.parameters.layout import ParameterLayout
-from lowrank_bdl.posteriors.files import read_kind, read_tensors, write_tensors
 
 _CLASSES: "dict[str, type[StoredPosterior]]" = {}
 

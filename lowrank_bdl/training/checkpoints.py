@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_bdl.errors import CheckpointError
-from lowrank_bdl.posteriors.files import read_tensors, write_tensors
+from lowrank_bdl.linalg.files import read_tensors, write_tensors
 from lowrank_bdl.training.packing import pack, unpack
 
 KIND = "training"

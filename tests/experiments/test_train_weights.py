@@ -8,7 +8,7 @@ from torch import nn
 
 import lowrank_bdl as lb
 from experiments.train_weights import KIND, FinalWeights, buffers_of, final_weights, read_weights, write_weights
-from lowrank_bdl.posteriors.files import read_tensors, write_tensors
+from lowrank_bdl.linalg.files import read_tensors, write_tensors
 
 
 def make(width: int = 3, norm: bool = True) -> nn.Sequential:

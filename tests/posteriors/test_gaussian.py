@@ -317,7 +317,7 @@ def test_file_is_readable_by_safetensors_alone(tmp_path):
 
 
 def test_contradictory_file(tmp_path):
-    from lowrank_bdl.posteriors.files import write_tensors
+    from lowrank_bdl.linalg.files import write_tensors
 
     good = {"mean": torch.zeros(3), "diag": torch.ones(3), "deviations": torch.ones(2, 3), "mix": torch.tensor(1.0)}
     for change, message in [

@@ -6,10 +6,10 @@ from torch.distributions import MultivariateNormal
 from torch.distributions import kl_divergence as dense_divergence
 
 from lowrank_bdl.errors import CheckpointError, NonFiniteError, ShapeError
+from lowrank_bdl.linalg.files import read_tensors, write_tensors
 from lowrank_bdl.linalg.kronecker import KroneckerSpectralLinearOperator
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.posteriors.blocks import BlockPosterior
-from lowrank_bdl.posteriors.files import read_tensors, write_tensors
 from lowrank_bdl.posteriors.gaussian import GaussianPosterior, kl_divergence
 from lowrank_bdl.posteriors.laplace_block import KroneckerGaussian
 from lowrank_bdl.posteriors.storage import load_posterior

@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lowrank_bdl.errors import CheckpointError
+from lowrank_bdl.linalg.files import read_tensors, write_tensors
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.posteriors.blocks import BlockPosterior
 from lowrank_bdl.posteriors.empirical import EmpiricalPosterior
-from lowrank_bdl.posteriors.files import read_tensors, write_tensors
 from lowrank_bdl.posteriors.gaussian import GaussianPosterior
 from lowrank_bdl.posteriors.mixture import MixturePosterior
 from lowrank_bdl.posteriors.noise import relative_noise
