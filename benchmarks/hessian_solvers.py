@@ -217,7 +217,7 @@ def contenders(size: HessianSize, steps: int) -> list[Contender]:
         way(
             "hessian-eigenthings",
             lambda problem: eigenthings(problem, steps),
-            f"two runs; {fixed}, in each",
+            f"two runs; {fixed}, in each; beyond 50 steps it does not reorthogonalise unless told to",
             "hessian-eigenthings",
         ),
         way(
