@@ -119,7 +119,8 @@ def contenders(peer: bool) -> list[Contender]:
 def check(problem: StepProblem, answer: Any) -> Check:
     """Judge a run: columns must be orthonormal, and our residuals as claimed, relative to the largest eigenvalue."""
     vectors = answer.eigenvectors if isinstance(answer, Eigenpairs) else answer[0]
-    gram = vectors.mT @ vectors
+    # in float64: a float32 sum of 10^6 products is itself wrong by 1e-3
+    gram = torch.stack([part.mT @ part for part in map(torch.Tensor.double, vectors.split(2**16))]).sum(0)
     orthogonality = (gram - torch.eye(len(gram), device=gram.device)).abs().max().item()
     errors = {"orthogonality": (orthogonality, ORTHOGONALITY)}
     if isinstance(answer, Eigenpairs):
