@@ -80,12 +80,16 @@ def measured(settings: Settings, epochs: int) -> list[int]:
     return list(range(settings.grad_cov_start + 1, epochs + 1, settings.grad_cov_freq))
 
 
+def include(settings: Settings) -> list[str] | None:
+    return None if settings.include is None else settings.include.split(",")
+
+
 def collector(settings: Settings, trainer: Trainer) -> lb.GradientCovariance:
-    include = None if settings.include is None else settings.include.split(",")
     rank = settings.grad_cov_rank
+    kept = include(settings)
     bn_mode: Any = settings.bn_mode
     try:
-        return lb.GradientCovariance(network(trainer), cross_entropy, rank=rank, include=include, bn_mode=bn_mode)
+        return lb.GradientCovariance(network(trainer), cross_entropy, rank=rank, include=kept, bn_mode=bn_mode)
     except lb.MemoryLimitError as error:
         raise SettingsError(f"--grad_cov_rank {rank}: {error}") from None
 
@@ -156,7 +160,8 @@ def work(settings: Settings) -> str:
 
     def write(run: RunDir, trainer: Trainer, data: Datasets) -> list[str]:
         title = f"{settings.model} on {data.name}"
-        return report(run, trainer.history, title, settings.batch_size, collector(settings, trainer).layout.numel)
+        parameters = lb.ParameterLayout.from_module(network(trainer), include=include(settings)).numel
+        return report(run, trainer.history, title, settings.batch_size, parameters)
 
     extra = train.Extra(
         FILES,

@@ -43,6 +43,7 @@ from experiments.hessian_points import LAST, Point, points_of, samples_of
 from experiments.models import build_model
 from experiments.train_setup import AUGMENTATION
 from experiments.training_data import AsTrained
+from experiments.uncertainty_settings import names
 
 PROG = "python -m experiments.hessian_eigs"
 OUTPUTS = (
@@ -115,7 +116,7 @@ def check(settings: Settings) -> Settings:
 
 
 def files(settings: Settings) -> list[str]:
-    return [name.strip() for name in (settings.file or "").split(",") if name.strip()]
+    return list(names(settings.file or ""))
 
 
 def load_images(settings: Settings, device: torch.device) -> Datasets:
@@ -172,10 +173,10 @@ def layout_of(settings: Settings, model: nn.Module) -> lb.ParameterLayout:
     return layout
 
 
-def make_operator(settings: Settings, model: nn.Module, data: Datasets) -> Any:
+def make_operator(settings: Settings, model: nn.Module, data: Datasets, layout: lb.ParameterLayout) -> Any:
     """Make the matrix of the network as it is."""
     images = data.train.batches(settings.batch_size)
-    options: dict[str, Any] = {"bn_mode": settings.bn_mode, "layout": layout_of(settings, model)}
+    options: dict[str, Any] = {"bn_mode": settings.bn_mode, "layout": layout}
     if settings.operator == "hessian":
         return lb.HessianLinearOperator(model, cross_entropy, images, **options)
     if settings.operator == "ggn":
@@ -224,11 +225,13 @@ def density_of(settings: Settings, point: Point, matrix: Any) -> "lb.SpectralDen
         )
 
 
-def run_cell(settings: Settings, point: Point, model: nn.Module, data: Datasets, run: RunDir) -> dict[str, Any]:
+def run_cell(
+    settings: Settings, point: Point, model: nn.Module, data: Datasets, layout: lb.ParameterLayout, run: RunDir
+) -> dict[str, Any]:
     """Compute everything at one set of weights, and write its cell."""
     began = time.perf_counter()
     load_point(settings, point, model, data)
-    matrix = make_operator(settings, model, data)
+    matrix = make_operator(settings, model, data, layout)
     pairs = eigenpairs(settings, point, matrix, run)
     solved = time.perf_counter()
     density = density_of(settings, point, matrix)
@@ -259,7 +262,6 @@ def run_cell(settings: Settings, point: Point, model: nn.Module, data: Datasets,
             "trace_se": float(trace.standard_error),
             "products": density.num_matvecs,
         }
-    cell = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in cell.items()}
     run.write_json(cell_file(point), cell)
     (run.path / f"lanczos-{point.name}.safetensors").unlink(missing_ok=True)
     run.log(point=point.name, seconds=cell["seconds"])
@@ -282,7 +284,7 @@ def work(settings: Settings) -> str:
     data = load_images(settings, device)
     model = make_network(settings, data, device)
     points = find_points(settings, model)
-    layout_of(settings, model)
+    layout = layout_of(settings, model)
     cells = {
         point.name: run.read_cell(cell_file(point), recipe_of(settings)) if settings.resume else None
         for point in points
@@ -292,7 +294,7 @@ def work(settings: Settings) -> str:
     for point in tqdm(points, "weights", unit="set", disable=len(points) == 1):
         if cells[point.name] is None:
             try:
-                cells[point.name] = run_cell(settings, point, model, data, run)
+                cells[point.name] = run_cell(settings, point, model, data, layout, run)
             except lb.LowRankBDLError as error:
                 raise SettingsError(f"{point.label}: {' '.join(str(error).split())}") from None
     done = [cell for cell in cells.values() if cell is not None]

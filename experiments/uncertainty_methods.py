@@ -198,15 +198,15 @@ def written(bench: Bench, kind: str, file: str, *levels: str) -> Fitted:
     Of runs at several temperatures the one with the lowest validation NLL is taken.
     """
     runs = bench.tempered(kind)
-    scores = [0.0]
+    posteriors = [run.posterior(file) for run in runs]
+    tried: list[tuple[float, float]] = []
     if len(runs) > 1:
-        posteriors = (run.posterior(file) for run in runs)
-        scores = [bench.nll(run, own, own.layout, False) for run, own in zip(runs, posteriors, strict=True)]
-    run = runs[scores.index(min(scores))]
-    posterior = run.posterior(file)
+        for run, own in zip(runs, posteriors, strict=True):
+            tried.append((run.settings.temperature, bench.nll(run, own, own.layout, False)))
+    best = min(range(len(tried)), key=lambda i: tried[i][1], default=0)
+    run, posterior = runs[best], posteriors[best]
     shown = {level: getattr(run.settings, level) for level in levels}
-    tried = [(run.settings.temperature, score) for run, score in zip(runs, scores, strict=True)]
-    return Fitted(run, posterior, run.epochs, posterior.layout, shown, tried if len(runs) > 1 else ())
+    return Fitted(run, posterior, run.epochs, posterior.layout, shown, tried)
 
 
 def snapshots_of(kind: str, *needs: str, levels: tuple[str, ...] = ()) -> "Method":
