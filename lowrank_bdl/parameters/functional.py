@@ -47,6 +47,28 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
             module.training = training
 
 
+def is_plain_perceptron(model: nn.Module) -> bool:
+    """Whether every parameter belongs to a linear layer, and nothing watches or compiles what the network does.
+
+    Such a network can be evaluated under several weight vectors at once, and a small one is faster for it.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        True for linear layers among layers without parameters, hooks, or compilation.
+
+    Example:
+        >>> is_plain_perceptron(nn.Sequential(nn.Linear(2, 2), nn.ReLU())), is_plain_perceptron(nn.BatchNorm1d(2))
+        (True, False)
+    """
+    return not hasattr(model, "_orig_mod") and all(
+        not (m._forward_hooks or m._forward_pre_hooks)
+        and (type(m) is nn.Linear or next(m.parameters(recurse=False), None) is None)
+        for m in model.modules()
+    )
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """Move every tensor of a batch (tuples, lists, mappings, nested) to a device.
 

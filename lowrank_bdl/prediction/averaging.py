@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Normal
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
-from lowrank_bdl.prediction.likelihoods import align_targets, base_distribution
+from lowrank_bdl.parameters.likelihoods import align_targets, base_distribution
 from lowrank_bdl.prediction.predictive import Predictive
 
 Parts: TypeAlias = "dict[str, Tensor | None]"  # the fields of Predictive for one batch

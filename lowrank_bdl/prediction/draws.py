@@ -166,7 +166,7 @@ def weight_vectors(
 
     Args:
         posterior: Given weights ``(D,)`` or ``(S, D)``; an ensemble, which has ``members(num=None) -> (m, D)`` (all,
-            or ``num`` of them); or what draws weights.
+            or ``num`` of them) and no ``draw``; or what draws weights.
         num_samples: S >= 1; an ensemble gives ``min(S, M)`` of its M members, given weights are taken as they are.
         layout: What a vector holds.
         generator: Source of the seeds of draws.
@@ -189,7 +189,7 @@ def weight_vectors(
         )
     require_samples(num_samples)
     members = getattr(posterior, "members", None)
-    if callable(members):
+    if callable(members) and not callable(getattr(posterior, "draw", None)):  # draws are made one at a time
         every: Tensor = members()
         return _given(every if num_samples >= len(every) else members(num_samples), layout)
     mean = getattr(posterior, "mean", None)

@@ -12,10 +12,10 @@ from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.parameters.batch_norm import recalibrate_batch_norm
 from lowrank_bdl.parameters.functional import CallFn, FunctionalModel, evaluation_mode, to_device
 from lowrank_bdl.parameters.layout import ParameterLayout
+from lowrank_bdl.parameters.likelihoods import Likelihood, resolve_likelihood
 from lowrank_bdl.prediction.averaging import BatchAverage, Parts, join
 from lowrank_bdl.prediction.draws import SamplesWeights, require_samples, weight_vectors
 from lowrank_bdl.prediction.dropout import DropoutMasks
-from lowrank_bdl.prediction.likelihoods import Likelihood, resolve_likelihood
 from lowrank_bdl.prediction.predictive import Predictive
 from lowrank_bdl.prediction.sampled_network import SampledNetwork
 
@@ -98,7 +98,7 @@ def predict(
             whose time goes into starting operations. Convolutions are slower that way on a CPU.
         chunk_size: How many weight vectors at once; None goes by the size of the network's largest layer.
         likelihood: ``"categorical"`` (outputs are logits ``(N, C)``), ``"gaussian"`` (see
-            :class:`~lowrank_bdl.prediction.likelihoods.GaussianLikelihood`), or a callable from the output to a
+            :class:`~lowrank_bdl.parameters.likelihoods.GaussianLikelihood`), or a callable from the output to a
             ``torch.distributions`` object with one row an example.
         noise_variance: For ``"gaussian"``: the known noise variance [unit of y, squared]; None: the network gives it.
         call_fn: ``call_fn(model, batch)`` gives the output; None calls ``model(x)``.

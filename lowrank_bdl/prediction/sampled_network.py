@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lowrank_bdl.errors import LowRankBDLError
-from lowrank_bdl.parameters.functional import FunctionalModel
+from lowrank_bdl.parameters.functional import FunctionalModel, is_plain_perceptron
 from lowrank_bdl.prediction.dropout import DropoutMasks
 
 # Measured on one thread of a CPU by benchmarks/predict_vectorized.py. Below this many products a network and batch,
@@ -19,15 +19,6 @@ from lowrank_bdl.prediction.dropout import DropoutMasks
 _MOST_PRODUCTS = 3_000_000
 _CACHE_BYTES = 2 << 20  # networks whose largest layer fits in here together are evaluated at once on a CPU
 _DEVICE_BYTES = 256 << 20  # likewise elsewhere, where launches are what is saved; not measured
-
-
-def _is_plain_perceptron(model: nn.Module) -> bool:
-    """Whether every parameter belongs to a linear layer, and nothing watches or compiles what the network does."""
-    return not hasattr(model, "_orig_mod") and all(
-        not (m._forward_hooks or m._forward_pre_hooks)
-        and (type(m) is nn.Linear or next(m.parameters(recurse=False), None) is None)
-        for m in model.modules()
-    )
 
 
 class _Work:
@@ -100,7 +91,7 @@ class SampledNetwork:
             and len(weights) > 1
             and device is not None
             and device.type == "cpu"
-            and _is_plain_perceptron(model)
+            and is_plain_perceptron(model)
         )
         self._is_planned = self._insists and chunk_size is not None
 

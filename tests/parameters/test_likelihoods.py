@@ -5,7 +5,7 @@ import torch
 from torch.distributions import Categorical, Independent, Normal, Poisson
 
 from lowrank_bdl.errors import ShapeError
-from lowrank_bdl.prediction.likelihoods import (
+from lowrank_bdl.parameters.likelihoods import (
     CategoricalLikelihood,
     GaussianLikelihood,
     align_targets,
