@@ -1,11 +1,13 @@
 """Principal directions of a low-rank-plus-diagonal matrix."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from lowrank_bdl.errors import NotConvergedError, ShapeError
+from lowrank_bdl.errors import NonFiniteError, NotConvergedError, ShapeError
 from lowrank_bdl.linalg import compiled
-from lowrank_bdl.linalg.factors import gram
+from lowrank_bdl.linalg.factors import LowRankFactors, gram
 from lowrank_bdl.linalg.lanczos import lanczos
 from lowrank_bdl.linalg.operator_state import LowRankPlusDiagState
 
@@ -62,24 +64,66 @@ def principal_components(
     factors = operator.factors
     if not 0 <= k <= min(factors.rank, factors.dim):
         raise ShapeError(f"k must be between 0 and {min(factors.rank, factors.dim)}, the rank; got {k}.")
-    for dtype in dict.fromkeys((operator.dtype, torch.float64)):
-        values, vectors = torch.linalg.eigh(factors.mixed_gram(gram(factors, dtype, weigh=False)))
-        values, vectors = values.flip(-1)[:k], vectors.flip(-1)[:, :k]
+    return low_rank_components(factors, k)
+
+
+def low_rank_components(
+    factors: LowRankFactors, k: "int | Callable[[Tensor], int]", *, scaled: bool = False
+) -> tuple[Tensor, Tensor]:
+    r"""Return variances and directions of :math:`U = R M` by the K x K route, whatever the diagonal holds.
+
+    Args:
+        factors: The matrix, without batch axes; of the diagonal only dtype, device and length are used.
+        k: How many; or a function of all variances ``(R,)``, float64 from large to small, that says how many.
+        scaled: Return :math:`U V`, directions times standard deviations, in place of unit vectors.
+
+    Returns:
+        Variances ``(k,)`` and directions ``(D, k)`` as :func:`principal_components` does.
+
+    Raises:
+        ShapeError: If k is more than the numerical rank.
+        NonFiniteError: If U holds a NaN or an infinity, or numbers whose squares overflow.
+
+    Cost: two reads of the root, one write of the result, O(D K^2) time.
+    """
+    for dtype in dict.fromkeys((factors.diag.dtype, torch.float64)):
+        matrix = factors.mixed_gram(gram(factors, dtype, weigh=False))
+        if not bool(matrix.isfinite().all()):
+            raise NonFiniteError("the low-rank part must be finite, and so must its squares; got a NaN or an infinity.")
+        values, vectors = torch.linalg.eigh(matrix)
+        values, vectors = values.flip(-1), vectors.flip(-1)
+        count = k if isinstance(k, int) else k(values)
         rounding = 2 * torch.finfo(dtype).eps
         if factors.compiled():
             rounding = compiled.rounding(factors.dim, dtype)
-        if k == 0 or bool(rounding * values[0] <= VARIANCE_TOLERANCE * values[-1]):
+        if count == 0 or bool(rounding * values[0] <= VARIANCE_TOLERANCE * values[count - 1]):
             break  # else the Gram matrix in the storage dtype loses the smallest variance: again in float64
-    if k and not bool(values[-1] > factors.rank * torch.finfo(torch.float64).eps * values[0]):
-        numerical = int((values > factors.rank * torch.finfo(torch.float64).eps * values[0].clamp_min(0)).sum())
-        raise ShapeError(f"the low-rank part has numerical rank {numerical}; expected k at most that, got {k}.")
-    inner = factors.mix_forward(vectors * values.rsqrt())
-    dtype = operator.dtype
-    if k and torch.finfo(dtype).eps * (values[0] / values[-1]).sqrt().item() > ORTHONORMAL_TOLERANCE:
+    smallest = factors.rank * torch.finfo(torch.float64).eps * values[:1].clamp_min(0)
+    if count and not bool(values[count - 1] > smallest):
+        numerical = int((values > smallest).sum())
+        raise ShapeError(f"the low-rank part has numerical rank {numerical}; expected k at most that, got {count}.")
+    values, vectors = values[:count], vectors[:, :count]
+    inner = factors.mix_forward(vectors if scaled else vectors * values.rsqrt())
+    dtype = factors.diag.dtype
+    spread = 1.0 if scaled or not count else (values[0] / values[-1]).sqrt().item()
+    if torch.finfo(dtype).eps * spread > ORTHONORMAL_TOLERANCE:
         dtype = torch.float64
-    if k and factors.compiled():
-        return values, compiled.rotate(factors.root, inner.mT, dtype).mT
-    directions = torch.empty(k, factors.dim, dtype=operator.dtype, device=operator.device)
+    return values, rotate(factors, inner, dtype)
+
+
+def rotate(factors: LowRankFactors, inner: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return R A in the dtype of the diagonal, ``(D, m)`` over contiguous ``(m, D)`` storage.
+
+    Args:
+        factors: R, without batch axes; its mix is not used.
+        inner: A, shape ``(K, m)``, float64.
+        dtype: Of the arithmetic.
+
+    Cost: one read of the root, one write of the result.
+    """
+    if inner.shape[-1] and factors.compiled():
+        return compiled.rotate(factors.root, inner.mT, dtype).mT
+    directions = torch.empty(inner.shape[-1], factors.dim, dtype=factors.diag.dtype, device=factors.diag.device)
     for part in factors.chunks():
         directions[:, part] = inner.mT.to(dtype) @ factors.rows(part, dtype)
-    return values, directions.mT
+    return directions.mT
