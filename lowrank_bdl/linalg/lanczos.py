@@ -133,8 +133,9 @@ def lanczos(
         CheckpointError: If the file is damaged, of another run, or of another operator.
 
     Cost: per product, four reads of the basis (two passes of two matrix products) and one host synchronisation. Memory:
-    ``num_basis + block_size`` vectors of the basis and ``2 block_size`` of the operator, its result included; the
-    eigenvectors lie in the basis' memory, unless its dtype or device is not the operator's: then k vectors more.
+    ``num_basis + block_size`` vectors of the basis and the operator's result, with blocks or a basis of another dtype
+    ``block_size`` vectors more. The eigenvectors lie in the basis' memory, unless its dtype or device is not the
+    operator's: then k vectors more.
 
     Example:
         >>> import torch
@@ -311,7 +312,8 @@ def _allocate(
     """Return an empty basis; raise before if it does not fit, with what the run needs beside it."""
     if not dtype.is_floating_point:
         raise ValueError(f"basis_dtype must be a floating dtype; got {dtype}.")
-    rows, extra = min(capacity + block_size, size), 2 * block_size
+    in_place = block_size == 1 and dtype == work_dtype  # a vector is worked on in the row that it becomes
+    rows, extra = min(capacity + block_size, size), block_size if in_place else 2 * block_size
     purpose = f"the Lanczos basis of {rows} vectors of {size:,}"
     num_bytes = rows * size * dtype.itemsize
     working = extra * size * work_dtype.itemsize

@@ -51,6 +51,16 @@ class LanczosBasis:
         parts = [panel for _, panel in self._filled(first, first + count)]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self.work_dtype)
 
+    def workspace(self, first: int, count: int) -> Tensor:
+        """Return room for vectors that are to become rows, ``(count, D)``, in the working dtype.
+
+        The rows themselves, so that nothing is copied, where their dtype is that and they lie one after another.
+        """
+        parts = [panel for _, panel in self._filled(first, first + count)]
+        if self.dtype == self.work_dtype and len(parts) == 1 and len(parts[0]) == count:
+            return parts[0]
+        return torch.empty(count, self.dim, dtype=self.work_dtype, device=self.device)
+
     def store(self, index: int, vector: Tensor, norm: float) -> None:
         """Write ``vector / norm`` into a row; a vector ``(D,)`` of another dtype than the row's is overwritten."""
         row = self.row(index)

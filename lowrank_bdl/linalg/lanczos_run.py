@@ -48,7 +48,6 @@ class LanczosRun:
         self.random = random_start
         self.block_size = projection.coefficients.shape[0] - projection.capacity
         self.num_products = 0
-        self._work = torch.empty(self.block_size, basis.dim, dtype=basis.work_dtype, device=basis.device)
 
     @property
     def exhausted(self) -> bool:
@@ -63,16 +62,17 @@ class LanczosRun:
     def begin(self, start: Tensor) -> None:
         """Make the first block of a start ``(w, D)``, filled up by random vectors; w may be 0."""
         given = len(start)
-        self._work[:given] = start
-        self._draw(self._work[given : min(self.block_size, self.basis.dim)])
-        _, coupling, _ = self._append(self._work[: min(self.block_size, self.basis.dim)], 0)
+        work = self.basis.workspace(0, min(self.block_size, self.basis.dim))
+        work[:given] = start
+        self._draw(work[given:])
+        _, coupling, _ = self._append(work, 0)
         self.projection.pending = len(coupling)
 
     def step(self) -> None:
         """Multiply the next block, and make another of what is new in the products."""
         known = self.projection
         count = known.size + known.pending
-        work = self._work[: known.pending]
+        work = self.basis.workspace(count, known.pending)
         work.copy_(self.multiply(known.size, known.pending))
         known.extend(*self._append(work, count))
         if known.pending == 0 and count < self.basis.dim:
@@ -85,7 +85,7 @@ class LanczosRun:
             complete: Whether the space that is left behind is known to hold every eigenvalue that is there.
         """
         size = self.projection.size
-        work = self._work[: min(self.block_size, self.basis.dim - size)]
+        work = self.basis.workspace(size, min(self.block_size, self.basis.dim - size))
         self._draw(work)
         self.basis.orthogonalize_(work, 0, size)  # what remains of them may be small: twice two passes
         _, coupling, _ = self._append(work, size)
@@ -113,7 +113,8 @@ class LanczosRun:
 
     def deviation(self) -> float:
         """Return the norm of what the first row's product differs by from its column, relative to the product's own."""
-        known, work = self.projection, self._work[:1]
+        known = self.projection
+        work = self.basis.workspace(known.size + known.pending, 1)
         work.copy_(self.apply(self.basis.block(0, 1)))
         before = float(norm(work[0]))
         self.basis.subtract_(work, known.coefficients[: known.size + known.pending, :1])
@@ -122,6 +123,8 @@ class LanczosRun:
 
     def _append(self, vectors: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Store an orthonormal basis of what vectors ``(w, D)`` have outside the first ``count`` rows after them.
+
+        The vectors are overwritten, and may be those rows.
 
         Returns:
             Coefficients in those rows ``(count, w)``, in the new ones ``(new, w)``, and norms of what was left out

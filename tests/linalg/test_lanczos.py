@@ -284,6 +284,6 @@ def test_dependent_start_vectors_and_products_that_differ_by_rounding() -> None:
 
 def test_a_basis_that_does_not_fit_is_refused_before_it_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowrank_bdl.linalg.memory.available_memory", lambda device: 1000)
-    message = r"the Lanczos basis of 13 vectors of 50 and 2 to work with needs 0\.00 GiB on cpu"
+    message = r"the Lanczos basis of 13 vectors of 50 and 1 to work with needs 0\.00 GiB on cpu"
     with pytest.raises(MemoryLimitError, match=message):
         lanczos(DiagLinearOperator(torch.arange(50.0).double()), 1, num_basis=12)
