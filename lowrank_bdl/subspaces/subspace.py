@@ -10,12 +10,12 @@ from torch import Tensor
 
 from lowrank_bdl.errors import CheckpointError, NonFiniteError, ShapeError
 from lowrank_bdl.linalg.eigen import eigh_psd
-from lowrank_bdl.linalg.factors import LowRankFactors, gram, project
 from lowrank_bdl.linalg.files import read_tensors, write_tensors
+from lowrank_bdl.linalg.hadamard import RandomizedHadamardLinearOperator
 from lowrank_bdl.linalg.moments import first_unusable
-from lowrank_bdl.linalg.principal_components import rotate
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.posteriors.storage import layout_difference, required
+from lowrank_bdl.subspaces.bases import DenseBasis
 
 KIND = "subspace"
 """What a file of a subspace is said to hold."""
@@ -32,7 +32,9 @@ class Subspace:
         layout: Names and shapes of the D coordinates; None for plain vectors.
         origin: :math:`\hat\theta`, shape ``(D,)`` [parameter].
         basis: :math:`P`, shape ``(D, k)``, k >= 1, float32 or float64, the dtype of every result; the transposed view
-            of contiguous ``(k, D)`` storage is the fast layout. Shared, and not to be changed in place [parameter].
+            of contiguous ``(k, D)`` storage is the fast layout. Or a
+            :class:`~lowrank_bdl.linalg.hadamard.RandomizedHadamardLinearOperator`, which stores no such matrix. Shared,
+            and not to be changed in place [parameter].
         provenance: Where it came from, as JSON scalars by name; saved with it.
         check_finite: Look for NaN and infinities in the basis; False is for callers who have done so.
 
@@ -63,7 +65,7 @@ class Subspace:
         self,
         layout: ParameterLayout | None,
         origin: Tensor,
-        basis: Tensor,
+        basis: Tensor | RandomizedHadamardLinearOperator,
         provenance: Mapping[str, Any] | None = None,
         *,
         check_finite: bool = True,
@@ -80,16 +82,13 @@ class Subspace:
             raise ShapeError(f"origin and basis must be on one device; got {origin.device} and {basis.device}.")
         self.layout = layout
         self.origin = origin.detach().to(basis.dtype)
-        self.basis = basis.detach()
+        self.basis = basis.detach() if isinstance(basis, Tensor) else basis
+        self._kernel = DenseBasis(self.basis) if isinstance(self.basis, Tensor) else self.basis
         self.provenance: dict[str, Any] = dict(provenance or {})
         bad = first_unusable(self.origin, float("inf"))
         if bad is not None:
             raise NonFiniteError(f"origin must be finite; entry {bad} is {origin[bad].item()}.")
-        if check_finite:
-            self._check_basis()
-
-    def _check_basis(self) -> None:
-        for number, column in enumerate(self.basis.mT):
+        for number, column in enumerate(self.basis.mT if check_finite and isinstance(self.basis, Tensor) else ()):
             bad = first_unusable(column, float("inf"))
             if bad is not None:
                 raise NonFiniteError(f"basis must be finite; entry {bad} of column {number} is {column[bad].item()}.")
@@ -119,17 +118,12 @@ class Subspace:
     @cached_property
     def gram(self) -> Tensor:
         r""":math:`P^\top P`, shape ``(k, k)``, float64 [parameter²]. Cost: one read of the basis, once."""
-        return gram(self._factors, torch.float64, weigh=False)
+        return self._kernel.gram()
 
     @property
     def lengths(self) -> Tensor:
         """Length of each column of the basis, shape ``(k,)``, float64 [parameter]."""
         return self.gram.diagonal().sqrt()
-
-    @property
-    def _factors(self) -> LowRankFactors:
-        """The basis as kernels take it; of the origin, in the place of a diagonal, they use dtype and length alone."""
-        return LowRankFactors(self.basis, self.origin, torch.ones((), dtype=torch.float64, device=self.device))
 
     # ---- the way there and back ---------------------------------------------------------------------------------
 
@@ -145,15 +139,12 @@ class Subspace:
         Raises:
             ShapeError: If the last axis is not k.
 
-        Cost: one read of the basis for all S vectors; O(S D k) time.
+        Cost: one read of the basis for all S vectors; O(S D k) time, O(S D log D) for a structured basis.
         """
         if z.ndim == 0 or z.shape[-1] != self.rank:
             raise ShapeError(f"z must have shape (*S, {self.rank}); got {tuple(z.shape)}.")
-        z = z.to(self.dtype)
-        if z.ndim == 1:
-            return torch.addmv(self.origin, self.basis, z)
-        theta = torch.addmm(self.origin, z.reshape(-1, self.rank), self.basis.mT)
-        return theta.reshape(*z.shape[:-1], self.numel)
+        offsets: Tensor = self._kernel.lift(z.to(self.dtype).reshape(-1, self.rank), self.origin)
+        return offsets.reshape(*z.shape[:-1], self.numel)
 
     @torch.no_grad()
     def project(self, theta: Tensor) -> Tensor:
@@ -176,12 +167,9 @@ class Subspace:
             raise ShapeError(f"theta must have shape (*S, {self.numel}); got {tuple(theta.shape)}.")
         offsets = (theta - self.origin).reshape(-1, self.numel)
         scale, vectors, values = self._spectrum
-        coordinates = scale @ (vectors / values) @ (vectors.mT @ (scale @ self._inner_products(offsets)))
+        products = self._kernel.inner_products(offsets.double())
+        coordinates = scale @ (vectors / values) @ (vectors.mT @ (scale @ products))
         return coordinates.mT.reshape(*theta.shape[:-1], self.rank).to(self.dtype)
-
-    def _inner_products(self, offsets: Tensor) -> Tensor:
-        """Return P' X in float64, shape ``(k, S)``, for ``offsets`` X' of shape ``(S, D)``."""
-        return project(self._factors, offsets.mT, torch.float64)
 
     @cached_property
     def _spectrum(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,21 +199,20 @@ class Subspace:
 
     def _mixed(self, mix: Tensor) -> "Subspace":
         """Return the subspace with basis P M, for M of shape ``(k, r)``, float64."""
-        basis = rotate(self._factors, mix, torch.float64)
-        return Subspace(self.layout, self.origin, basis, self.provenance, check_finite=False)
+        return Subspace(self.layout, self.origin, self._kernel.mixed(mix), self.provenance, check_finite=False)
 
     # ---- copies and files ---------------------------------------------------------------------------------------
 
     def to(self, *args: Any, **kwargs: Any) -> "Subspace":
         """Return the subspace on another device or in another dtype, as ``torch.Tensor.to``."""
         origin = self.origin.to(*args, **kwargs)
-        basis = self.basis.mT.to(origin).mT
+        basis = self._kernel.to(device=origin.device, dtype=origin.dtype)
         return Subspace(self.layout, origin, basis, self.provenance, check_finite=False)
 
     def to_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return tensors by name, shared where they can be, and JSON metadata: layout and provenance."""
+        """Return tensors by name, shared where they can be (of a structured basis its signs), and JSON metadata."""
         layout = None if self.layout is None else self.layout.to_metadata()
-        return {"origin": self.origin, "basis": self.basis.mT}, {"layout": layout, "provenance": self.provenance}
+        return {"origin": self.origin, **self._kernel.to_state()}, {"layout": layout, "provenance": self.provenance}
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> "Subspace":
@@ -234,10 +221,12 @@ class Subspace:
         Raises:
             CheckpointError: If a tensor is missing, or the layout is damaged; so do the errors of the constructor.
         """
-        origin, basis = required(tensors, "origin", "basis")
+        (origin,) = required(tensors, "origin")
         found = metadata.get("layout")
         layout = None if found is None else ParameterLayout.from_metadata(found)
-        return cls(layout, origin, basis.mT, metadata.get("provenance"))
+        structured = "outer_signs" in tensors
+        basis = RandomizedHadamardLinearOperator.from_state(tensors) if structured else required(tensors, "basis")[0].mT
+        return cls(layout, origin, basis, metadata.get("provenance"))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the subspace to one safetensors file, atomically.
