@@ -12,10 +12,11 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 import torch
 
@@ -104,14 +105,21 @@ def parse_settings(
         parser.error(str(error))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` so that a killed process leaves the old file or the new one, never half of one."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing so that a killed process leaves the old one or the new one, never half of one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` in UTF-8; see `replacing`."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def to_json(value: Any) -> str:

@@ -13,7 +13,6 @@ deviations out. Unlike in the released code pixels are rounded to the nearest of
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from experiments import corruption_kinds as kinds
-from experiments.common import SettingsError
+from experiments.common import SettingsError, replacing
 from experiments.datasets import DATASETS, Datasets, Split
 from experiments.datasets.labels import keep_classes
 from experiments.datasets.sources import InMemory, Preparation
@@ -152,12 +151,8 @@ def file_name(name: str, severity: int) -> str:
 
 def write_images(path: Path, images: Tensor, labels: Tensor) -> None:
     """Write images (N, H, W, C), uint8, and labels (N,) as ``data`` and ``labels`` of a .npz file, or nothing."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "wb") as file:
+    with replacing(path) as file:
         np.savez(file, data=images.numpy(), labels=labels.numpy().astype(np.uint8))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_images(folder: Path, name: str, severity: int) -> InMemory:

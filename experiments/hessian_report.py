@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lowrank_bdl as lb
 from experiments import plots
-from experiments.common import format_table
+from experiments.common import format_table, replacing
 
 Cell = Mapping[str, Any]
 DENSITY_DECADES = 6  # a smoothed density is drawn down to this far below its peak
@@ -50,10 +50,8 @@ def write_arrays(path: Path, cells: Sequence[Cell]) -> None:
     if len(cells) == 1 and "eigenvalues" in cells[0]:
         values = np.asarray(cells[0]["eigenvalues"])[np.asarray(cells[0]["converged"], dtype=bool)]
         arrays |= {"pos_evals": values[values > 0], "neg_evals": values[values < 0]}
-    temporary = path / ".eigs.npz.partial"
-    with open(temporary, "wb") as file:
+    with replacing(path / "eigs.npz") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
-    temporary.replace(path / "eigs.npz")
 
 
 def vectors_file(path: Path, name: str) -> Path:
@@ -62,11 +60,8 @@ def vectors_file(path: Path, name: str) -> Path:
 
 def save_vectors(path: Path, name: str, vectors: Tensor) -> None:
     """Write eigenvectors (D, k) beside the cell."""
-    file = vectors_file(path, name)
-    temporary = file.with_name(f".{file.name}.partial")
-    with open(temporary, "wb") as stream:
-        np.save(stream, vectors.cpu().numpy())
-    temporary.replace(file)
+    with replacing(vectors_file(path, name)) as file:
+        np.save(file, vectors.cpu().numpy())
 
 
 def table(cells: Sequence[Cell], tol: float) -> str:

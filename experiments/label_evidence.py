@@ -23,7 +23,6 @@ command.sh
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -43,6 +42,7 @@ from experiments.common import (
     SettingsError,
     fixed,
     parse_settings,
+    replacing,
     resolve_device,
     run_script,
     setting,
@@ -163,10 +163,8 @@ def corrupted_labels(labels: Tensor, num_classes: int, fraction: float, seed: in
 
 def write_labels(path: Path, labels: Tensor) -> None:
     """Write labels as --label_arr of experiments.train reads them, or nothing."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "wb") as file:
+    with replacing(path) as file:
         np.save(file, labels.numpy().astype(np.int64))
-    os.replace(temporary, path)
 
 
 def load_data(settings: Settings, label_arr: str | None, device: torch.device) -> Datasets:

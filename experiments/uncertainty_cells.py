@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import lowrank_bdl as lb
-from experiments.common import RunDir, fixed
+from experiments.common import RunDir, fixed, replacing
 from experiments.evaluation import Images, Predictions, detection_metrics, metrics_of, predict_splits
 from experiments.uncertainty_methods import METHODS, Bench, Fitted
 from experiments.uncertainty_plots import entropy_counts
@@ -133,7 +133,5 @@ def save_predictions(path: Path, predictions: Mapping[str, Predictions]) -> None
     for name, found in predictions.items():
         values = {"probabilities": found.probabilities, "entropy": found.entropy, "targets": found.targets}
         arrays |= {f"{name}/{key}": value.cpu().numpy() for key, value in values.items() if value is not None}
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "wb") as file:
+    with replacing(path) as file:
         np.savez_compressed(file, **arrays)
-    temporary.replace(path)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from linear_operator.operators import DiagLinearOperator
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from lowrank_bdl.errors import CheckpointError, MemoryLimitError
 from lowrank_bdl.linalg import files
 from lowrank_bdl.linalg.lanczos import Eigenpairs, LanczosProgress, lanczos
+from tests.allocations import peak_vectors
 
 SIZE = 150
 VALUES = torch.cat((torch.tensor([-6.0, -5.0]), torch.linspace(-1, 6, SIZE - 7), torch.arange(10.0, 15)))
@@ -169,20 +169,10 @@ def test_vectors_of_an_operator_in_half_precision_are_in_single() -> None:
     assert (pairs.eigenvalues - torch.tensor([8.0, -4.0])).abs().max() < 0.05
 
 
-def peak_vectors(run: Callable[[], object], size: int) -> float:
-    """Return the most that torch had allocated at once during the call, in float32 vectors."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    current = peak = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            current += event.nbytes()
-            peak = max(peak, current)
-    return peak / (4 * size)
-
-
 @pytest.mark.parametrize("options, vectors", [({}, 22), ({"block_size": 2}, 24), ({"basis_dtype": torch.bfloat16}, 20)])
-def test_memory_is_the_basis_the_vector_that_comes_next_and_its_product(options: dict[str, object], vectors: int) -> None:
+def test_memory_is_the_basis_the_vector_that_comes_next_and_its_product(
+    options: dict[str, object], vectors: int
+) -> None:
     """20 rows, 1 that comes next and the product; in bfloat16 half of them, 1 to work with, and the 6 eigenvectors."""
     size = 400_000
     values, start = torch.linspace(-1, 1, size).pow(5), torch.ones(size)

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
-from torch.profiler import ProfilerActivity, profile
 
 from lowrank_bdl.errors import NotPSDError
 from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.multivariate_normal import MultivariateNormal
+from tests.allocations import peak_bytes
 from tests.statistical import ALPHA, assert_chi_square, chi2
 
 D, K = 1_000_000, 20
@@ -231,15 +231,8 @@ def test_coverage(plain: Problem, scale: float, size: int) -> None:
 
 def extra_memory(call: Callable[[], Tensor]) -> float:
     """Return the peak of torch's CPU allocations during the call less those of its result, in units of D K floats."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        result = call()
+    peak, result = peak_bytes(call)
     own = sum(t.untyped_storage().nbytes() for t in (result if isinstance(result, tuple) else (result,)))
-    current = peak = 0
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        current += event.nbytes()
-        peak = max(peak, current)
-    assert events, "the profiler saw no allocation"
     return (peak - own) / (4 * D * K)
 
 

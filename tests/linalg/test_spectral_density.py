@@ -8,12 +8,12 @@ import pytest
 import torch
 from linear_operator.operators import DenseLinearOperator
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from lowrank_bdl.errors import MemoryLimitError, NonFiniteError, ShapeError
 from lowrank_bdl.linalg import memory, probing
 from lowrank_bdl.linalg.probing import ProbedMatrix
 from lowrank_bdl.linalg.spectral_density import SpectralDensity, spectral_density
+from tests.allocations import peak_vectors
 from tests.linalg.cases import F32, F64, Case
 from tests.linalg.estimates import KINDS, SIZE, assert_honest, matrix, seeded, stacked
 from tests.oracles import C
@@ -139,18 +139,6 @@ def test_more_steps_than_coordinates_and_one_coordinate() -> None:
     assert found.nodes.shape == (2, SIZE) and isinstance(found, SpectralDensity) and found.size == SIZE
     single = spectral_density(torch.tensor([[-3.0]]), 2, 7, generator=seeded(0))
     assert single.nodes.tolist() == [[-3.0], [-3.0]] and single.weights.tolist() == [[1.0], [1.0]]
-
-
-def peak_vectors(run: Callable[[], object], size: int) -> float:
-    """Return the peak of torch's CPU allocations during the call, in float32 vectors of length ``size``."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        run()
-    current = peak = 0
-    for event in prof.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            current += event.nbytes()
-            peak = max(peak, current)
-    return peak / (4 * size)
 
 
 def test_memory_holds_no_basis() -> None:
