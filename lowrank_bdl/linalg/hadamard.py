@@ -227,7 +227,7 @@ class RandomizedHadamardLinearOperator(LinearOperator):
         missing = [name for name in names if name not in tensors]
         if missing:
             raise ShapeError(f"a structured basis needs {', '.join(names)}; missing {', '.join(missing)}.")
-        return cls(*(tensors[name] for name in names))
+        return cls(tensors["inner_signs"], tensors["outer_signs"], tensors["columns"], tensors["mix"])
 
 
 class _TransposedHadamard(LinearOperator):

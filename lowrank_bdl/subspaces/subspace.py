@@ -182,24 +182,27 @@ class Subspace:
         kept = values > self.rank * torch.finfo(torch.float64).eps * values.max()
         return scale, vectors[:, kept], values[kept]
 
-    def orthonormal(self) -> "Subspace":
+    def orthonormal(self, length: float = 1.0) -> "Subspace":
         r"""Return the same subspace with orthonormal columns, :math:`P V \Lambda^{-1/2}` by the k x k route.
 
         Columns that depend on the others are dropped: the rank of the result is the numerical rank of the basis.
 
+        Args:
+            length: Of every column, 1 for an orthonormal basis [parameter].
+
         Raises:
+            ValueError: If ``length`` is not a positive number.
             ShapeError: If every column is zero.
 
         Cost: two reads of the basis, one write of the result.
         """
+        if not 0 < length < float("inf"):
+            raise ValueError(f"length must be a positive number; got {length}.")
         scale, vectors, values = self._spectrum
         if not len(values):
             raise ShapeError("an orthonormal basis needs a column that is not zero; got none.")
-        return self._mixed(scale @ (vectors * values.rsqrt()).flip(-1))
-
-    def _mixed(self, mix: Tensor) -> "Subspace":
-        """Return the subspace with basis P M, for M of shape ``(k, r)``, float64."""
-        return Subspace(self.layout, self.origin, self._kernel.mixed(mix), self.provenance, check_finite=False)
+        basis = self._kernel.mixed(length * scale @ (vectors * values.rsqrt()).flip(-1))
+        return Subspace(self.layout, self.origin, basis, self.provenance, check_finite=False)
 
     # ---- copies and files ---------------------------------------------------------------------------------------
 
