@@ -208,8 +208,8 @@ class RandomizedHadamardLinearOperator(LinearOperator):
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Return the operator on another device or in another dtype, as ``torch.Tensor.to``."""
         mix = self.mix.to(*args, **kwargs)
-        tensors = (tensor.to(mix.device) for tensor in (self.inner_signs, self.outer_signs, self.columns))
-        return self.__class__(*tensors, mix)
+        inner, outer, columns = (t.to(mix.device) for t in (self.inner_signs, self.outer_signs, self.columns))
+        return self.__class__(inner, outer, columns, mix)
 
     def to_state(self) -> dict[str, Tensor]:
         """Return the tensors by name."""
