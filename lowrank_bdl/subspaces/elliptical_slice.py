@@ -1,0 +1,131 @@
+"""Elliptical slice sampling: no step size, no gradient, every step moves."""
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_bdl.subspaces.chains import Chains, CountedTarget, Kernel, State, normals, run_chains, uniforms
+from lowrank_bdl.subspaces.draws import Draws
+from lowrank_bdl.subspaces.log_joint import Target
+
+_AT_ONCE = 8  # uniforms that are drawn together: most steps need no more
+_NARROWEST = 1e-12
+"""A bracket of angles this narrow [rad] holds the present state alone, which is on the slice: the chain stays."""
+
+
+class EllipticalSlice(Kernel):
+    """One step of each of C chains; those that have found their next state wait for the others."""
+
+    name = "elliptical slice"
+
+    def settings(self) -> dict[str, Any]:
+        """Nothing but the target decides what the chain does."""
+        return {}
+
+    def step(self, state: State, target: CountedTarget, generators: Sequence[torch.Generator]) -> tuple[State, Tensor]:
+        """Move along a random ellipse through each state (numbers are those of the paper's figure 2)."""
+        z, current = state["z"], state["log_likelihood"]
+        direction = target.prior_std * normals((target.rank,), generators)  # 1
+        shares = uniforms((2 + _AT_ONCE,), generators)
+        threshold = current + (1 - shares[:, 0]).log()  # 2
+        angle = 2 * math.pi * shares[:, 1]  # 3
+        low, high = angle - 2 * math.pi, angle.clone()
+        next_z, next_value, proposals = z.clone(), current.clone(), torch.zeros_like(current)
+        used = 2
+        active = torch.arange(len(z), device=z.device)
+        while len(active):
+            turn = angle[active].unsqueeze(-1)
+            proposed = z[active] * turn.cos() + direction[active] * turn.sin()  # 4
+            values = target.log_likelihood(proposed).detach()
+            proposals[active] += 1
+            accepted = values > threshold[active]  # 5; false where it is NaN
+            done = active[accepted]
+            next_z[done], next_value[done] = proposed[accepted], values[accepted]  # 6
+            active = active[~accepted]
+            active = active[(high - low)[active] > _NARROWEST]
+            if len(active):  # 8 to 10: shrink the bracket towards the present state, at angle 0
+                rejected = angle[active]
+                low[active] = torch.where(rejected < 0, rejected, low[active])
+                high[active] = torch.where(rejected < 0, high[active], rejected)
+                if used == shares.shape[1]:
+                    shares[active] = uniforms(shares.shape[1:], [generators[number] for number in active.tolist()])
+                    used = 0
+                angle[active] = low[active] + shares[active, used] * (high - low)[active]
+                used += 1
+        return {"z": next_z, "log_likelihood": next_value}, 1 / proposals
+
+
+def elliptical_slice(
+    log_joint: Target,
+    num_samples: int,
+    *,
+    num_chains: int = 1,
+    burn_in: int = 0,
+    thin: int = 1,
+    initial: "Tensor | str | None" = None,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 10,
+    resume: bool = False,
+) -> Draws:
+    r"""Sample the posterior in a subspace by elliptical slice sampling.
+
+    From z, with :math:`\nu \sim N(0, s^2 I)` the next state lies on the ellipse
+    :math:`z \cos\phi + \nu \sin\phi`: φ is drawn from a bracket that shrinks towards the present state until the
+    likelihood is above :math:`u L(z)`, u uniform; such a step leaves prior times likelihood invariant. The
+    log-likelihood of the present state is kept, so that a step costs one evaluation for each proposal.
+
+    Chains run side by side, so that one call of the log-likelihood serves all of them; each has a generator of its
+    own, and chain c does not depend on how many there are (up to the rounding of a vectorised log-likelihood).
+
+    Args:
+        log_joint: What to sample: a :class:`~lowrank_bdl.subspaces.log_joint.LogJoint`, or anything with
+            ``log_likelihood(z)`` of ``(S, k)``, ``log_prior(z)``, ``rank`` and ``prior_std``.
+        num_samples: n, the draws of each chain.
+        num_chains: C.
+        burn_in: Steps that are thrown away first.
+        thin: Steps for each draw.
+        initial: Where chains start: ``(k,)`` or ``(C, k)``; ``"prior"``, drawn from it, as R-hat wants; None: z = 0.
+        generator: Seeds each chain's generator, and says where chains live; None takes torch's global generator.
+        progress: Show a progress bar.
+        checkpoint: A file (safetensors) for the state of the chains, written atomically; size: the draws.
+        checkpoint_every: Steps between two writes; it is also written at the end.
+        resume: Go on from ``checkpoint`` if it is there, with the draws of an uninterrupted run to the last bit; also
+            for more draws than were asked for then. Settings must be the same, and the log-likelihood where the chains
+            stand, which is computed once more.
+
+    Returns:
+        :class:`~lowrank_bdl.subspaces.draws.Draws`, float64; ``accept`` is one over the proposals of each step.
+
+    Raises:
+        ValueError: If a count is too small, or ``resume`` comes without a file.
+        ShapeError: If ``initial`` has another shape, or the log-likelihood gives one.
+        NonFiniteError: If the log-likelihood is not finite at the start.
+        CheckpointError: If the file is damaged, of other settings, or of another log-likelihood.
+
+    Cost: proposals, 1 + O(log of how much the data say) a step and chain, each one likelihood evaluation.
+
+    Source: Murray, Adams and MacKay, "Elliptical slice sampling" (AISTATS 2010), figure 2; for subspaces Izmailov et
+    al. (2019), section 3.3.
+
+    Example:
+        >>> from lowrank_bdl.subspaces.log_joint import gaussian_log_prior
+        >>> class Target:  # one observation of z at 3 with variance 1, prior N(0, 2²): posterior N(2.4, 0.8)
+        ...     rank, prior_std = 1, 2.0
+        ...     def log_likelihood(self, z):
+        ...         return -(z - 3).square().sum(-1) / 2
+        ...     def log_prior(self, z):
+        ...         return gaussian_log_prior(z, 2.0)
+        >>> draws = elliptical_slice(Target(), 100, num_chains=16, generator=torch.Generator().manual_seed(0))
+        >>> abs(draws.mean.item() - 2.4) < 0.15, draws.rhat().item() < 1.03
+        (True, True)
+    """
+    chains = Chains(EllipticalSlice(), log_joint, num_samples, num_chains, burn_in, thin, initial, generator)
+    return run_chains(
+        chains, progress=progress, checkpoint=checkpoint, checkpoint_every=checkpoint_every, resume=resume
+    )

@@ -1,0 +1,415 @@
+"""The log-joint of data and subspace coordinates: a tempered likelihood and a Gaussian prior."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from tqdm import tqdm
+
+from lowrank_bdl.curvature.data import Data, fixed_batches
+from lowrank_bdl.curvature.loss_gradients import (
+    BatchNormMode,
+    LossFn,
+    Reduction,
+    batch_norm_mode,
+    check_modes,
+    scalar_loss,
+    split_batch,
+)
+from lowrank_bdl.errors import LowRankBDLError, ShapeError
+from lowrank_bdl.parameters.batch_norm import recalibrate_batch_norm
+from lowrank_bdl.parameters.functional import CallFn, FunctionalModel, is_plain_perceptron
+from lowrank_bdl.parameters.layout import ParameterLayout
+from lowrank_bdl.parameters.likelihoods import Likelihood, align_targets, resolve_likelihood
+
+_MOST_PRODUCTS = 3_000_000  # a network and batch; evaluating together gains nothing above it, measured for predict
+_NUMBERS_AT_ONCE = 1 << 22  # of the widest layer, over all networks that are evaluated together
+_WEIGHTS_AT_ONCE = 1 << 24  # numbers in the weight vectors that one pass over the data serves
+
+
+class Target(Protocol):
+    """What the samplers need: a log-likelihood and a Gaussian prior over k coordinates."""
+
+    @property
+    def rank(self) -> int:
+        """K."""
+
+    @property
+    def prior_std(self) -> float:
+        """Standard deviation of the prior N(0, prior_std² I)."""
+
+    def log_likelihood(self, z: Tensor) -> Tensor:
+        """Return the tempered log-likelihood of ``(S, k)`` coordinates, shape ``(S,)``, differentiable in z."""
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """Return the log-density of the prior of ``(S, k)`` coordinates, shape ``(S,)``."""
+
+
+class MapsToWeights(Protocol):
+    """An affine subspace of weight space."""
+
+    @property
+    def layout(self) -> "ParameterLayout | None":
+        """What the weight vectors hold."""
+
+    @property
+    def origin(self) -> Tensor:
+        """The weights at z = 0, shape ``(D,)``."""
+
+    @property
+    def rank(self) -> int:
+        """K."""
+
+    def to_theta(self, z: Tensor, /) -> Tensor:
+        """Return the weights ``(*S, D)`` at coordinates ``(*S, k)``, differentiably."""
+
+
+def gaussian_log_prior(z: Tensor, prior_std: float) -> Tensor:
+    r"""Return :math:`\log N(z; 0, s^2 I)`, all constants included.
+
+    Args:
+        z: Shape ``(*S, k)``.
+        prior_std: s > 0.
+
+    Returns:
+        Shape ``(*S,)``, float64 [nat].
+
+    Example:
+        >>> gaussian_log_prior(torch.zeros(2), 1.0)
+        tensor(-1.8379, dtype=torch.float64)
+    """
+    constant = z.shape[-1] * (math.log(prior_std) + 0.5 * math.log(2 * math.pi))
+    return -0.5 * (z.double() / prior_std).square().sum(-1) - constant
+
+
+class _WithGradient(torch.autograd.Function):
+    """Values whose gradients with respect to the weights are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, thetas: Tensor, values: Tensor, gradients: Tensor) -> Tensor:
+        ctx.save_for_backward(gradients)
+        return values.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradients,) = ctx.saved_tensors
+        return outer.unsqueeze(-1).to(gradients) * gradients, None, None
+
+
+class LogJoint:
+    r"""The function :math:`\log p(z, \mathcal D) = \tfrac1T \log p(\mathcal D \mid \theta(z)) + \log N(z; 0, s^2 I)`.
+
+    θ(z) = origin + P z. The log-likelihood is summed over the whole data set in float64, batch by batch, whatever their
+    sizes. The temperature T divides the likelihood and nothing else: :meth:`log_likelihood` is tempered,
+    :meth:`log_prior` is not.
+
+    The value is differentiable in z. Gradients are taken batch by batch, with respect to the weights, and brought to z
+    at the end, so that memory is that of one batch; second derivatives are not available. The network runs in
+    evaluation mode; its weights, buffers and modes stay as they are.
+
+    Batch norm: the stored statistics, whatever z; with ``bn_loader`` those of the weights at each z, computed anew from
+    that loader and treated as constants by gradients; with ``bn_mode="train"`` those of each batch of ``data``, as in
+    training (and as published for subspace inference).
+
+    The last value, and gradient, is kept: asking for the log-likelihood, the prior and the log-joint at one z costs one
+    pass over the data.
+
+    Args:
+        subspace: Anything with ``to_theta(z)``, ``origin``, ``rank`` and ``layout``: :class:`lowrank_bdl.Subspace`.
+        model: The network.
+        likelihood: ``"categorical"``, ``"gaussian"``, or a callable from outputs to a ``torch.distributions`` object,
+            as for :func:`lowrank_bdl.predict`; None where ``loss_fn`` says it.
+        data: A pair ``(x, y)``, a list of such pairs, or a DataLoader that does not shuffle: training data without
+            augmentation.
+        noise_variance: For ``"gaussian"``: the known noise variance [unit of y, squared]; None: the network gives it.
+        loss_fn: In place of a likelihood: ``loss_fn(outputs, targets)`` gives a scalar, the negative log-likelihood.
+        reduction: Whether that is the ``"mean"`` over a batch, which is multiplied by its size, or the ``"sum"``.
+        temperature: T > 0; above 1 the data count for less.
+        prior_std: s > 0, of every coordinate.
+        call_fn: ``call_fn(model, batch)`` gives the outputs; None calls ``model(x)``.
+        bn_loader: See above.
+        bn_fraction: Fraction of ``bn_loader`` to use, in (0, 1]; below 1 its first batches only.
+        bn_mode: See above.
+        vectorize: ``True`` evaluates several z at once by ``torch.vmap``; ``"auto"`` does so for small networks of
+            linear layers. Values agree up to rounding.
+        chunk_size: How many z at once; None goes by the width of the widest layer.
+        progress: Show a progress bar for every pass over the data: for large networks.
+
+    Attributes:
+        subspace: As given.
+        temperature: As given.
+        prior_std: As given.
+        num_evaluations: How many z the data were read for so far.
+
+    Raises:
+        ShapeError: If subspace and model do not fit, or the data are no batches ``(x, y)``.
+        ValueError: If an argument is out of range or unknown, or the data are shuffled or can be read only once.
+
+    Cost: for each z a pass over the data (with gradients a backward pass too); one pass serves several z, as many as
+    fit in 64 MiB or as the basis has columns. Memory: a batch, and D numbers a z.
+
+    Source: Izmailov et al., "Subspace Inference for Bayesian Deep Learning" (2019), section 3.
+
+    Example:
+        >>> net = nn.Linear(1, 1, bias=False)
+        >>> class Line:  # theta(z) = 1 + 2 z; a Subspace in earnest
+        ...     layout, origin, rank = None, torch.ones(1), 1
+        ...     def to_theta(self, z):
+        ...         return self.origin + 2 * z
+        >>> x, y = torch.ones(3, 1), torch.zeros(3, 1)
+        >>> log_joint = LogJoint(Line(), net, "gaussian", (x, y), noise_variance=1.0, temperature=3.0)
+        >>> z = torch.tensor([0.0], requires_grad=True)
+        >>> value = log_joint.log_likelihood(z)  # 3 (-1 / 2 - log(2 pi) / 2) / 3
+        >>> value
+        tensor(-1.4189, dtype=torch.float64, grad_fn=<SelectBackward0>)
+        >>> torch.autograd.grad(value, z)
+        (tensor([-2.]),)
+    """
+
+    def __init__(
+        self,
+        subspace: MapsToWeights,
+        model: nn.Module,
+        likelihood: "str | Likelihood | None",
+        data: Data,
+        *,
+        noise_variance: "float | Tensor | None" = None,
+        loss_fn: "LossFn | None" = None,
+        reduction: Reduction = "mean",
+        temperature: float = 1.0,
+        prior_std: float = 1.0,
+        call_fn: CallFn | None = None,
+        bn_loader: Iterable[Any] | None = None,
+        bn_fraction: float = 1.0,
+        bn_mode: BatchNormMode = "eval",
+        vectorize: "bool | Literal['auto']" = "auto",
+        chunk_size: int | None = None,
+        progress: bool = False,
+    ) -> None:
+        check_modes(reduction, bn_mode)
+        for name, value in (("temperature", temperature), ("prior_std", prior_std)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite; got {value}.")
+        if (likelihood is None) == (loss_fn is None):
+            raise ValueError("exactly one of likelihood and loss_fn must be given; got " + _got(likelihood, loss_fn))
+        if bn_loader is not None and bn_mode == "train":
+            raise ValueError("bn_mode='train' takes the statistics of each batch and has no use for a bn_loader.")
+        if vectorize != "auto" and not isinstance(vectorize, bool):
+            raise ValueError(f"vectorize must be True, False or 'auto'; got {vectorize!r}.")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1; got {chunk_size}.")
+        self.subspace = subspace
+        self.temperature, self.prior_std = float(temperature), float(prior_std)
+        self.num_evaluations = 0
+        self._likelihood = None if likelihood is None else resolve_likelihood(likelihood, noise_variance)
+        self._loss_fn, self._reduction = loss_fn, reduction
+        self._network = FunctionalModel(model, subspace.layout, call_fn)
+        self._data = fixed_batches(data)
+        self._bn_loader, self._bn_fraction, self._bn_mode = bn_loader, bn_fraction, bn_mode
+        self._call_fn, self._progress = call_fn, progress
+        self._insists = vectorize is True
+        self._at_once = self._insists or (vectorize == "auto" and call_fn is None and is_plain_perceptron(model))
+        self._chunk_size = chunk_size
+        self._width = max((m.out_features for m in model.modules() if isinstance(m, nn.Linear)), default=1)
+        self._num_data: int | None = None
+        self._kept: tuple[Tensor, Tensor, Tensor | None] | None = None
+        if subspace.origin.shape != (self._network.layout.numel,):
+            raise ShapeError(
+                f"the subspace must be of the {self._network.layout.numel} weights of the layout; "
+                f"its origin has shape {tuple(subspace.origin.shape)}."
+            )
+
+    @property
+    def rank(self) -> int:
+        """K."""
+        return self.subspace.rank
+
+    @property
+    def num_data(self) -> int:
+        """N, the number of targets; the data are read once for it if they have not been read yet."""
+        if self._num_data is None:
+            self._num_data = sum(split_batch(batch, None)[2] for batch in self._data)
+        return self._num_data
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return the log-joint.
+
+        Args:
+            z: Shape ``(k,)`` or ``(S, k)``.
+
+        Returns:
+            Shape ``()`` or ``(S,)``, float64, on z's device [nat].
+
+        Raises:
+            ShapeError: If z has another shape, or the data are no batches ``(x, y)``.
+        """
+        return self.log_likelihood(z) + self.log_prior(z)
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """Return the log-density of N(0, prior_std² I), not tempered, with all constants.
+
+        Args:
+            z: Shape ``(k,)`` or ``(S, k)``.
+
+        Returns:
+            Shape ``()`` or ``(S,)``, float64 [nat].
+        """
+        self._check(z)
+        return gaussian_log_prior(z, self.prior_std)
+
+    def log_likelihood(self, z: Tensor) -> Tensor:
+        """Return the log-likelihood of all data over the temperature.
+
+        Args:
+            z: Shape ``(k,)`` or ``(S, k)``.
+
+        Returns:
+            Shape ``()`` or ``(S,)``, float64, on z's device [nat]; NaN where the network's output is.
+
+        Raises:
+            ShapeError: As for the call.
+        """
+        self._check(z)
+        values = self._over(z.unsqueeze(0) if z.ndim == 1 else z, self._data, keep=True)
+        return values[0] if z.ndim == 1 else values
+
+    def estimate_log_likelihood(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return an unbiased estimate of :meth:`log_likelihood` from one batch: M times its own, of M batches.
+
+        Args:
+            z: Shape ``(k,)`` or ``(S, k)``; all see the same batch.
+            generator: Chooses the batch, uniformly; None means torch's default generator.
+
+        Returns:
+            Shape ``()`` or ``(S,)``, float64 [nat].
+
+        Raises:
+            TypeError: If the data are not a list of batches.
+            ShapeError: As for the call.
+
+        Cost: one batch a z.
+        """
+        self._check(z)
+        if not isinstance(self._data, Sequence):
+            raise TypeError(f"estimates need a list of batches, to draw from; got {type(self._data).__name__}.")
+        device = torch.device("cpu") if generator is None else generator.device
+        number = int(torch.randint(len(self._data), (), generator=generator, device=device))
+        values = self._over(z.unsqueeze(0) if z.ndim == 1 else z, [self._data[number]], keep=False)
+        return len(self._data) * (values[0] if z.ndim == 1 else values)
+
+    # ---- evaluation ---------------------------------------------------------------------------------------------
+
+    def _check(self, z: Tensor) -> None:
+        if z.ndim not in (1, 2) or z.shape[-1] != self.rank or not z.is_floating_point():
+            raise ShapeError(
+                f"z must be floating-point of shape ({self.rank},) or (S, {self.rank}); got {z.dtype} {tuple(z.shape)}."
+            )
+
+    def _over(self, z: Tensor, batches: Iterable[Any], keep: bool) -> Tensor:
+        """Tempered log-likelihoods ``(S,)`` of some batches; a sum over all data is kept."""
+        needs_gradient = torch.is_grad_enabled() and z.requires_grad
+        size = max(self.rank, _WEIGHTS_AT_ONCE // self._network.layout.numel, 1)
+        origin = self.subspace.origin
+        if keep and self._kept is not None:
+            where, values, gradients = self._kept
+            same = where.dtype == z.dtype and where.device == z.device and torch.equal(where, z.detach())
+            if same and not needs_gradient:
+                return values.to(z.device) / self.temperature
+            if same and gradients is not None:
+                thetas = self.subspace.to_theta(z.to(origin))
+                result: Tensor = _WithGradient.apply(thetas, values, gradients)
+                return result.to(z.device) / self.temperature
+        found, slopes = [], []
+        for part in z.split(size):
+            thetas = self.subspace.to_theta(part.to(origin))
+            values, gradients = self._evaluate(thetas.detach(), batches, needs_gradient)
+            if gradients is not None:
+                slopes.append(gradients)
+                values = _WithGradient.apply(thetas, values, gradients)
+            found.append(values)
+            if keep:
+                self.num_evaluations += len(part)
+        total = torch.cat(found) if found else z.new_zeros(0, dtype=torch.float64)
+        if keep and len(z) <= size:
+            self._kept = (z.detach().clone(), total.detach(), slopes[0] if slopes else None)
+        return total.to(z.device) / self.temperature
+
+    def _evaluate(self, thetas: Tensor, batches: Iterable[Any], needs_gradient: bool) -> "tuple[Tensor, Tensor | None]":
+        """Log-likelihoods ``(S,)`` and their gradients ``(S, D)`` by one pass over the batches."""
+        model, device = self._network.stateless.model, self._network.stateless.device
+        buffers: Mapping[str, Tensor] = {}
+        if self._bn_loader is not None:
+            buffers = recalibrate_batch_norm(
+                model,
+                thetas,
+                self._bn_loader,
+                layout=self._network.layout,
+                call_fn=self._call_fn,
+                fraction=self._bn_fraction,
+            )
+        totals = torch.zeros(len(thetas), dtype=torch.float64, device=device or thetas.device)
+        gradients = torch.zeros_like(thetas) if needs_gradient else None
+        num_data = num_batches = 0
+        bar = tqdm(batches, "log-likelihood", unit="batch", leave=False, disable=not self._progress)
+        with batch_norm_mode(model, self._bn_mode), torch.set_grad_enabled(needs_gradient):
+            for batch in bar:
+                inputs, targets, size = split_batch(batch, device)
+                num_data, num_batches = num_data + size, num_batches + 1
+                chunk = self._chunk(len(thetas), size)
+                for start in range(0, len(thetas), chunk):
+                    rows = slice(start, start + chunk)
+                    leaves = thetas[rows].detach()
+                    leaves.requires_grad_(needs_gradient)
+                    own = {name: value[rows] for name, value in buffers.items()}
+                    values = self._together(leaves, (inputs, targets), own)
+                    totals[rows] += values.detach()
+                    if gradients is not None:
+                        (slope,) = torch.autograd.grad(values.sum(), leaves)
+                        gradients[rows] += slope
+        if num_batches == 0:
+            raise ShapeError("data must give at least one batch; got none.")
+        if batches is self._data:
+            self._num_data = num_data
+        return totals, gradients
+
+    def _chunk(self, number: int, rows: int) -> int:
+        """How many of a number of networks to evaluate together on a batch of some rows."""
+        too_much = not self._insists and rows * self._network.layout.numel > _MOST_PRODUCTS
+        if not self._at_once or number == 1 or too_much:
+            return 1
+        return self._chunk_size or max(2, _NUMBERS_AT_ONCE // (rows * self._width))
+
+    def _together(self, thetas: Tensor, batch: tuple[Any, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
+        """Log-likelihoods ``(S,)`` of one batch, at once where that is possible."""
+        if len(thetas) > 1:
+            try:
+                result: Tensor = torch.vmap(lambda theta, own: self._one(theta, batch, own))(thetas, dict(buffers))
+                return result
+            except Exception as error:  # a network may fail under vmap in any way
+                if self._insists:
+                    self._one(thetas[0], batch, {name: value[0] for name, value in buffers.items()})  # its own error
+                    raise LowRankBDLError(
+                        f"The network cannot be evaluated at several z at once ({error}); pass vectorize=False."
+                    ) from error
+                self._at_once = False
+        each = enumerate(thetas)
+        return torch.stack([self._one(row, batch, {k: v[i] for k, v in buffers.items()}) for i, row in each])
+
+    def _one(self, theta: Tensor, batch: tuple[Any, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
+        """Log-likelihood of one batch at one weight vector, float64."""
+        outputs = self._network(theta, batch, buffers)
+        targets = batch[1]
+        if self._loss_fn is not None:
+            loss = scalar_loss(self._loss_fn, outputs, targets, self._reduction).double()
+            return -loss * (len(targets) if self._reduction == "mean" else 1)
+        assert self._likelihood is not None
+        distribution = self._likelihood(outputs)
+        return distribution.log_prob(align_targets(distribution, targets)).double().sum()
+
+
+def _got(likelihood: object, loss_fn: "Callable[..., Any] | None") -> str:
+    return "neither." if likelihood is None and loss_fn is None else f"likelihood={likelihood!r} and a loss_fn."
