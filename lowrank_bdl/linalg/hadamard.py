@@ -146,12 +146,12 @@ class RandomizedHadamardLinearOperator(LinearOperator):
         return offsets if origin is None else origin + offsets
 
     def inner_products(self, rows: Tensor) -> Tensor:
-        """Return ``P' X``, shape ``(r, S)``, for ``rows`` X' of shape ``(S, D)``, in their dtype."""
+        """Return ``P' X`` in float64, shape ``(r, S)``, for ``rows`` X' of shape ``(S, D)``."""
         n = len(self.inner_signs)
-        padded = torch.nn.functional.pad(rows * self.outer_signs, (0, n - rows.shape[-1]))
+        padded = torch.nn.functional.pad(rows.double() * self.outer_signs, (0, n - rows.shape[-1]))
         spread = hadamard_transform(padded) * self.inner_signs
         found = hadamard_transform(spread)[:, self.columns] / math.sqrt(n)
-        return self.mix.to(rows.dtype).mT @ found.mT
+        return self.mix.double().mT @ found.mT
 
     def gram(self) -> Tensor:
         """Return ``P' P``, shape ``(r, r)``, float64.
@@ -185,7 +185,8 @@ class RandomizedHadamardLinearOperator(LinearOperator):
         return self.lift(rhs[None])[0] if rhs.ndim == 1 else self.lift(rhs.mT).mT
 
     def _t_matmul(self, rhs: Tensor) -> Tensor:
-        return self.inner_products(rhs[None])[:, 0] if rhs.ndim == 1 else self.inner_products(rhs.mT)
+        products = self.inner_products(rhs[None])[:, 0] if rhs.ndim == 1 else self.inner_products(rhs.mT)
+        return products.to(rhs.dtype)
 
     def _size(self) -> torch.Size:
         return torch.Size((len(self.outer_signs), self.mix.shape[-1]))

@@ -167,7 +167,7 @@ class Subspace:
             raise ShapeError(f"theta must have shape (*S, {self.numel}); got {tuple(theta.shape)}.")
         offsets = (theta - self.origin).reshape(-1, self.numel)
         scale, vectors, values = self._spectrum
-        products = self._kernel.inner_products(offsets.double())
+        products = self._kernel.inner_products(offsets)
         coordinates = scale @ (vectors / values) @ (vectors.mT @ (scale @ products))
         return coordinates.mT.reshape(*theta.shape[:-1], self.rank).to(self.dtype)
 

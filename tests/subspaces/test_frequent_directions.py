@@ -1,6 +1,7 @@
 """The collector of frequent directions against dense covariances of all iterates."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from lowrank_bdl.errors import CheckpointError, NonFiniteError, ShapeError
 from lowrank_bdl.posteriors.swag import SWAG
 from lowrank_bdl.subspaces.frequent_directions import FrequentDirections
 from lowrank_bdl.subspaces.principal import pca_subspace
+from lowrank_bdl.training.packing import pack, unpack
 from tests.oracles import assert_close
 
 F32, F64 = torch.float32, torch.float64
@@ -91,6 +93,18 @@ def test_collection_goes_on_bit_for_bit() -> None:
     for part in ("moments", "sketch"):
         assert all(torch.equal(a[part][name], b[part][name]) for name in a[part])
     assert whole.error_bound == again.error_bound > 0
+
+
+def test_the_state_passes_through_a_checkpoint_of_a_trainer() -> None:
+    net = nn.Linear(3, 2)
+    sketch, again = FrequentDirections(net, 2, centering="final"), FrequentDirections(net, 2, centering="final")
+    for step in range(8):
+        nn.init.normal_(net.weight, generator=torch.Generator().manual_seed(step))
+        sketch.update_parameters(net)
+    skeleton, tensors = pack(sketch.state_dict())
+    again.load_state_dict(unpack(json.loads(json.dumps(skeleton)), tensors))
+    assert again.error_bound == sketch.error_bound > 0
+    assert torch.equal(again.subspace().basis, sketch.subspace().basis)
 
 
 def test_states_that_do_not_fit_change_nothing() -> None:
