@@ -15,10 +15,11 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lowrank_bdl.errors import ShapeError
-from lowrank_bdl.linalg.moments import column_chunks
 
 RADIX = 16
 """Axis that one matrix product transforms: log2(n) / 4 passes over the vector, at the speed of memory."""
+GATHERED = 2**20
+"""Entries of the matrix that are made at once for its Gram matrix."""
 
 
 def hadamard_transform(x: Tensor) -> Tensor:
@@ -162,8 +163,9 @@ class RandomizedHadamardLinearOperator(LinearOperator):
         n, count = len(self.inner_signs), len(self.columns)
         f = hadamard_transform(self.inner_signs.double()).div_(math.sqrt(n))
         total = torch.zeros((count, count), dtype=torch.float64, device=self.device)
-        for part in column_chunks(len(self.outer_signs), f.device):
-            places = torch.arange(part.start, part.stop, device=f.device)
+        dim, width = len(self.outer_signs), max(GATHERED // count, 1)
+        for start in range(0, dim, width):
+            places = torch.arange(start, min(start + width, dim), device=f.device)
             rows = f[places ^ self.columns[:, None]]
             total += rows @ rows.mT
         return self.mix.mT.double() @ total @ self.mix.double()
