@@ -57,6 +57,17 @@ from lowrank_bdl.prediction.predict import predict
 from lowrank_bdl.prediction.predictive import Predictive
 from lowrank_bdl.prediction.temperature import TemperatureScaling
 
+# subspaces
+from lowrank_bdl.subspaces.curve import curve_subspace
+from lowrank_bdl.subspaces.directions import eigen_subspace, random_subspace
+from lowrank_bdl.subspaces.draws import Draws
+from lowrank_bdl.subspaces.elliptical_slice import elliptical_slice
+from lowrank_bdl.subspaces.frequent_directions import FrequentDirections
+from lowrank_bdl.subspaces.log_joint import LogJoint
+from lowrank_bdl.subspaces.principal import covariance_subspace, pca_subspace, principal_subspace
+from lowrank_bdl.subspaces.subspace import Subspace
+from lowrank_bdl.subspaces.subspace_posterior import SubspacePosterior
+
 # training
 from lowrank_bdl.training import schedules
 
@@ -68,9 +79,11 @@ __all__ = [
     "CheckpointError",
     "DeviationBuffer",
     "DiagonalLaplace",
+    "Draws",
     "Eigenpairs",
     "EmpiricalPosterior",
     "FisherLinearOperator",
+    "FrequentDirections",
     "FunctionalModel",
     "GGNLinearOperator",
     "GaussianPosterior",
@@ -80,6 +93,7 @@ __all__ = [
     "KFACLaplace",
     "KroneckerSpectralLinearOperator",
     "LanczosProgress",
+    "LogJoint",
     "LowRankBDLError",
     "LowRankPlusDiagLinearOperator",
     "MemoryEstimate",
@@ -98,10 +112,16 @@ __all__ = [
     "StochasticEstimate",
     "StoredPosterior",
     "StreamingMoments",
+    "Subspace",
+    "SubspacePosterior",
     "TemperatureScaling",
     "WeightSnapshots",
     "__version__",
+    "covariance_subspace",
+    "curve_subspace",
     "diagonal",
+    "eigen_subspace",
+    "elliptical_slice",
     "estimate_memory",
     "from_curvlinops",
     "homoscedastic_noise",
@@ -110,7 +130,10 @@ __all__ = [
     "load_posterior",
     "logdet",
     "metrics",
+    "pca_subspace",
     "predict",
+    "principal_subspace",
+    "random_subspace",
     "recalibrate_batch_norm",
     "recalibrate_batch_norm_",
     "relative_noise",
