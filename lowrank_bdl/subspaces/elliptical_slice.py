@@ -8,13 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_bdl.subspaces.chains import Chains, CountedTarget, Kernel, State, normals, run_chains, uniforms
+from lowrank_bdl.subspaces.chains import Chains, CountedTarget, Kernel, State, UniformStream, normals, run_chains
 from lowrank_bdl.subspaces.draws import Draws
 from lowrank_bdl.subspaces.log_joint import Target
-
-_AT_ONCE = 8  # uniforms that are drawn together: most steps need no more
-_NARROWEST = 1e-12
-"""A bracket of angles this narrow [rad] holds the present state alone, which is on the slice: the chain stays."""
+from lowrank_bdl.subspaces.slice_bracket import shrink
 
 
 class EllipticalSlice(Kernel):
@@ -30,33 +27,22 @@ class EllipticalSlice(Kernel):
         """Move along a random ellipse through each state (numbers are those of the paper's figure 2)."""
         z, current = state["z"], state["log_likelihood"]
         direction = target.prior_std * normals((target.rank,), generators)  # 1
-        shares = uniforms((2 + _AT_ONCE,), generators)
-        threshold = current + (1 - shares[:, 0]).log()  # 2
-        angle = 2 * math.pi * shares[:, 1]  # 3
-        low, high = angle - 2 * math.pi, angle.clone()
-        next_z, next_value, proposals = z.clone(), current.clone(), torch.zeros_like(current)
-        used = 2
-        active = torch.arange(len(z), device=z.device)
-        while len(active):
-            turn = angle[active].unsqueeze(-1)
-            proposed = z[active] * turn.cos() + direction[active] * turn.sin()  # 4
-            values = target.log_likelihood(proposed).detach()
-            proposals[active] += 1
-            accepted = values > threshold[active]  # 5; false where it is NaN
-            done = active[accepted]
-            next_z[done], next_value[done] = proposed[accepted], values[accepted]  # 6
-            active = active[~accepted]
-            active = active[(high - low)[active] > _NARROWEST]
-            if len(active):  # 8 to 10: shrink the bracket towards the present state, at angle 0
-                rejected = angle[active]
-                low[active] = torch.where(rejected < 0, rejected, low[active])
-                high[active] = torch.where(rejected < 0, high[active], rejected)
-                if used == shares.shape[1]:
-                    shares[active] = uniforms(shares.shape[1:], [generators[number] for number in active.tolist()])
-                    used = 0
-                angle[active] = low[active] + shares[active, used] * (high - low)[active]
-                used += 1
-        return {"z": next_z, "log_likelihood": next_value}, 1 / proposals
+        stream = UniformStream(generators)
+        threshold = current + (1 - stream.take()).log()  # 2
+        angle = 2 * math.pi * stream.take()  # 3
+
+        def at(active: Tensor, angles: Tensor) -> Tensor:
+            turn = angles.unsqueeze(-1)
+            return z[active] * turn.cos() + direction[active] * turn.sin()  # 4
+
+        def evaluate(active: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+            values = target.log_likelihood(at(active, angles)).detach()
+            return values, values
+
+        found = shrink(evaluate, threshold, angle, torch.zeros_like(angle), angle - 2 * math.pi, angle, stream)
+        everyone = torch.arange(len(z), device=z.device)
+        next_z = torch.where(found.moved.unsqueeze(-1), at(everyone, found.where), z)
+        return {"z": next_z, "log_likelihood": found.payload.where(found.moved, current)}, 1 / found.proposals
 
 
 def elliptical_slice(
