@@ -62,29 +62,37 @@ def tables_of(settings: Settings) -> dict[str, Table]:
 
 
 def fill(settings: Settings, run: RunDir, todo: Todo) -> None:
-    """Fill all cells that are left, several splits at once if asked for."""
+    """Fill all cells that are left, several splits at once if asked for.
+
+    Raises:
+        SettingsError: If some could not be filled, once all others are.
+    """
     (run.path / "cells").mkdir(exist_ok=True)
+    failed: list[str] = []
     with tqdm(total=len(todo), desc="splits", unit="split", smoothing=0) as bar:
 
-        def done(split: tuple[str, int]) -> None:
+        def done(split: tuple[str, int], failures: list[str]) -> None:
+            failed.extend(failures)
             run.log(dataset=split[0], split=split[1], methods=todo[split])
             bar.set_postfix_str(f"{split[0]}, split {split[1]}")
             bar.update()
 
         if settings.jobs == 1:
             for (dataset, number), methods in todo.items():
-                done(fill_split(settings, dataset, number, methods))
-            return
-        # spawned, not forked: torch's threads do not survive a fork
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(settings.jobs, context, initializer=end_with_parent) as pool:
-            futures = [pool.submit(fill_split, settings, *split, methods) for split, methods in todo.items()]
-            try:
-                for future in as_completed(futures):
-                    done(future.result())
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+                done(*fill_split(settings, dataset, number, methods))
+        else:
+            # spawned, not forked: torch's threads do not survive a fork
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(settings.jobs, context, initializer=end_with_parent) as pool:
+                futures = [pool.submit(fill_split, settings, *split, methods) for split, methods in todo.items()]
+                try:
+                    for future in as_completed(futures):
+                        done(*future.result())
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+    if failed:
+        raise SettingsError(f"{'; '.join(failed)} (all else is kept by --resume)")
 
 
 def experiment(settings: Settings, run: RunDir, tables: dict[str, Table], todo: Todo) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from linear_operator.utils.errors import NanError, NotPSDError
 from tqdm import tqdm
 
 import lowrank_bdl as lb
@@ -20,6 +21,7 @@ from experiments.uci_methods import METHODS, Outcome
 from experiments.uci_metrics import metrics_of
 from experiments.uci_settings import Settings
 
+FAILURES = (ValueError, torch.linalg.LinAlgError, NotPSDError, NanError)  # ours are ValueErrors
 USES_NETWORKS = tuple(name for name in METHODS if name != "GP")
 
 Cell = dict[str, Any]
@@ -36,8 +38,10 @@ def recipe_of(settings: Settings) -> dict[str, Any]:
 
 def run_split(
     settings: Settings, table: Table, number: int, methods: Sequence[str], write: Callable[[str, Cell], None]
-) -> None:
+) -> list[str]:
     """Train a split's networks, if a method needs them, and write a cell for each method.
+
+    What fails on a split is left out, so that hours of other cells are not lost for it.
 
     Args:
         settings: Of the run.
@@ -46,20 +50,21 @@ def run_split(
         methods: What to fill in.
         write: Takes each cell as soon as it is there.
 
-    Raises:
-        SettingsError: If training or a method fails; says where.
+    Returns:
+        What failed, where and why.
     """
+    failures: list[str] = []
     split = split_of(table, number, settings.normalize)
     try:
         with tqdm(desc=f"{table.name}, split {number}", unit="epoch", leave=False, disable=settings.jobs > 1) as bar:
             bench = Bench(settings, split, number, len(table.target), progress=bar.update)
-            bar.total = bench.num_epochs
+            bar.reset(bench.num_epochs)
             began = time.perf_counter()
             if set(methods) & set(USES_NETWORKS):
                 bench.chosen("SGD")
             training = time.perf_counter() - began
     except (SettingsError, lb.NonFiniteError) as error:
-        raise SettingsError(f"{table.name}, split {number}: {error}") from None
+        return [f"{table.name}, split {number}: {error}"]
     for method in methods:
         began = time.perf_counter()
         try:
@@ -67,12 +72,14 @@ def run_split(
             metrics = metrics_of(outcome.forecast, split.std)
             if not all(map(math.isfinite, metrics.values())):
                 raise lb.NonFiniteError("the predictions are not finite")
-        except (SettingsError, lb.NonFiniteError, ValueError) as error:
-            raise SettingsError(f"{table.name}, split {number}, {method}: {error}") from None
+        except FAILURES as error:
+            failures.append(f"{table.name}, split {number}, {method}: {error}")
+            continue
         seconds = {"method": time.perf_counter() - began}
         if method in USES_NETWORKS:
             seconds["training"] = training  # of all candidates on all folds, shared by the methods
         write(method, _cell(settings, table, number, method, bench, outcome, metrics, seconds))
+    return failures
 
 
 def _cell(
@@ -115,8 +122,10 @@ def end_with_parent() -> None:
         threading.Thread(target=wait, daemon=True).start()
 
 
-def fill_split(settings: Settings, dataset: str, number: int, methods: Sequence[str]) -> tuple[str, int]:
-    """Fill a split's cells in a process of its own; return which split that was."""
+def fill_split(
+    settings: Settings, dataset: str, number: int, methods: Sequence[str]
+) -> tuple[tuple[str, int], list[str]]:
+    """Fill a split's cells, in a process of its own maybe; return which split that was, and what failed."""
     torch.set_num_threads(settings.threads)
     assert settings.data_path is not None
     table, folder = load_table(dataset, Path(settings.data_path)), Path(settings.dir)
@@ -124,5 +133,4 @@ def fill_split(settings: Settings, dataset: str, number: int, methods: Sequence[
     def write(method: str, cell: Cell) -> None:
         write_atomically(folder / cell_name(dataset, number, method), to_json(cell))
 
-    run_split(settings, table, number, methods, write)
-    return dataset, number
+    return (dataset, number), run_split(settings, table, number, methods, write)

@@ -12,13 +12,14 @@ from experiments.uncertainty_tuning import choose
 from lowrank_bdl.subspaces.draws import Draws
 from lowrank_bdl.subspaces.elliptical_slice import elliptical_slice
 from lowrank_bdl.subspaces.log_joint import LogJoint
+from lowrank_bdl.subspaces.nuts import nuts
 from lowrank_bdl.subspaces.principal import pca_subspace
 from lowrank_bdl.subspaces.subspace import Subspace
 from lowrank_bdl.subspaces.subspace_posterior import SubspacePosterior
 from lowrank_bdl.subspaces.variational import variational
 
 FACTORS = {"scale": 2.0, "temperature": 10.0, "prior_std": 2.0}  # from one value tried to the next
-MOST_STEPS = 4  # of these in the better direction
+MOST_STEPS = {"scale": 8, "temperature": 4, "prior_std": 3}  # of these in the better direction
 LEAST_GAIN = 1e-3  # a walk for a level ends where the validation log-likelihood gains less [nat a row]
 
 Levels = dict[str, float]
@@ -72,7 +73,7 @@ def tune(bench: Bench, fit: Fit, starts: Levels) -> tuple[Levels, dict[str, list
             own, samples = {**levels, name: value}, bench.settings.tune_samples
             return -bench.validate(lambda part: fit(bench, part, own, samples)[0], samples)
 
-        found = choose(score, start, factor=FACTORS[name], tolerance=LEAST_GAIN, max_steps=MOST_STEPS)
+        found = choose(score, start, factor=FACTORS[name], tolerance=LEAST_GAIN, max_steps=MOST_STEPS[name])
         levels[name] = found.level
         tried[name] = [[value, -each] for value, each in found.tried]
         bounds += [name] if found.at_bound else []
@@ -120,7 +121,7 @@ def ess(bench: Bench, part: int, levels: Levels, num_samples: int) -> tuple[Any,
         log_joint,
         num_samples if final else -(-num_samples // settings.chains),
         num_chains=settings.chains,
-        burn_in=settings.burn_in if final else settings.burn_in // 2,
+        burn_in=settings.burn_in if final else settings.burn_in // 4,
         thin=settings.thin if final else 1,
         generator=bench.generator("ess"),
     )
@@ -134,6 +135,22 @@ def vi(bench: Bench, part: int, levels: Levels, num_samples: int) -> tuple[Any, 
     weights, facts = posterior_of(log_joint, draws)
     assert draws.elbo is not None
     return weights, {**facts, "elbo": draws.elbo[-10:].mean().item()}
+
+
+def no_u_turn(bench: Bench, part: int, levels: Levels, num_samples: int) -> tuple[Any, dict[str, Any]]:
+    """The no-U-turn sampler in the principal subspace; pyro's."""
+    settings, log_joint = bench.settings, log_joint_of(bench, part, levels)
+    draws = nuts(
+        log_joint,
+        num_samples,
+        burn_in=settings.nuts_warmup,
+        max_tree_depth=settings.nuts_depth,
+        full_mass=False,
+        generator=bench.generator("nuts"),
+    )
+    weights, facts = posterior_of(log_joint, draws)
+    assert draws.accept is not None
+    return weights, {**facts, "acceptance": draws.accept.mean().item()}
 
 
 # ---- methods --------------------------------------------------------------------------------------------------------
@@ -183,6 +200,7 @@ METHODS: Mapping[str, Callable[[Bench], Outcome]] = {
     "SWAG": lambda bench: averaged(bench, swag, swag, {"scale": 0.5}),
     "PCA+ESS": lambda bench: averaged(bench, ess, ess, SUBSPACE_STARTS),
     "PCA+VI": lambda bench: averaged(bench, vi, ess, SUBSPACE_STARTS),  # of one posterior, not of one for each sampler
+    "PCA+NUTS": lambda bench: averaged(bench, no_u_turn, ess, SUBSPACE_STARTS),
     "neural-linear": linear,
     "GP": gp,
 }

@@ -13,7 +13,6 @@ from experiments import plots
 from experiments.uci_published import COVERAGE, LOG_LIKELIHOOD, RMSE, SMALL, Level
 
 Cells = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]  # by data set and method, in the order of the splits
-METRICS = {"log_likelihood": "log-likelihood, mixture", "gaussian_log_likelihood": "log-likelihood"}
 OURS, THEIRS = "#D55E00", "#999999"
 
 
@@ -146,9 +145,11 @@ def draw(path: Path, found: Mapping[str, Any]) -> None:
                     [level["std"] or 0.0 for _, level in known], fmt="s", color=THEIRS, label="published",
                 )  # fmt: skip
                 axes.set_xticks(place, list(methods), rotation=60, ha="right", fontsize=9)
+            panels[1, column].set_ylim(top=min(panels[1, column].get_ylim()[1], 1.01))
             panels[1, column].axhline(0.95, color="#555555", linestyle="--", linewidth=1.2)
             panels[0, column].set_title(dataset)
         panels[0, 0].set_ylabel("test log-likelihood [nat]")
         panels[1, 0].set_ylabel("coverage of the 95 % interval")
-        panels[0, 0].legend(loc="best", fontsize=9)
+        handles, labels = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=10)
         plots._save(figure, path)

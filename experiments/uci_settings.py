@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from experiments.common import SettingsError, setting
@@ -10,7 +11,7 @@ from experiments.uci_data import STANDARD
 from experiments.uci_training import Candidate, Recipe
 from experiments.uncertainty_settings import find_names, names
 
-METHODS = ("SGD", "SWA", "SWAG", "PCA+ESS", "PCA+VI", "neural-linear", "GP")
+METHODS = ("SGD", "SWA", "SWAG", "PCA+ESS", "PCA+VI", "PCA+NUTS", "neural-linear", "GP")
 RELEASED_INFERENCE = {"low_rank_gaussian": "SWAG", "ess": "PCA+ESS", "vi": "PCA+VI", "nuts": "PCA+NUTS"}
 SMALL = 600  # rows up to which batches are smaller, as published
 LARGE, HUGE = 2000, 6000  # rows above which networks are deeper
@@ -107,10 +108,11 @@ class Settings:
     prior_std: float | None = _tuned("PCA+...: of the prior of every coordinate, which SWAG's law gives 1")
     tune_samples: int = setting(20, "weight samples in the predictions that these are chosen by")
     chains: int = setting(4, "PCA+ESS: chains side by side")
-    burn_in: int = setting(20, "PCA+ESS: steps of each chain that are thrown away")
-    thin: int = setting(2, "PCA+ESS: steps for each draw")
+    burn_in: int = setting(50, "PCA+ESS: steps of each chain that are thrown away")
+    thin: int = setting(5, "PCA+ESS: steps for each draw")
     vi_steps: int = setting(200, "PCA+VI: steps of Adam")
-    nuts_warmup: int = setting(30, "PCA+NUTS: steps that adapt the step size")
+    nuts_warmup: int = setting(30, "PCA+NUTS: steps that adapt step size and masses")
+    nuts_depth: int = setting(5, "PCA+NUTS: at most 2 to this power gradients for a draw")
     gp_rows: int = setting(2000, "GP: most training rows; of more so many are drawn")
     gp_steps: int = setting(60, "GP: steps of Adam on the marginal likelihood")
     resume: bool = setting(False, "go on with the run in --dir, whose finished cells are kept", free=True)
@@ -234,7 +236,8 @@ def check(settings: Settings) -> Settings:
         raise SettingsError("--data_path is needed: the folder with the data sets")
     at_least = dict(
         jobs=1, threads=1, seed=0, epochs=3, batch_size=1, swag_start=0, max_num_models=2, rank=1, folds=2,
-        num_samples=2, tune_samples=2, chains=1, burn_in=0, thin=1, vi_steps=1, nuts_warmup=1, gp_rows=10, gp_steps=1,
+        num_samples=2, tune_samples=2, chains=1, burn_in=0, thin=1, vi_steps=1, nuts_warmup=1, nuts_depth=1,
+        gp_rows=10, gp_steps=1,
     )  # fmt: skip
     for name, least in at_least.items():
         value = getattr(settings, name)
@@ -248,8 +251,9 @@ def check(settings: Settings) -> Settings:
         raise SettingsError(f"--momentum must be at least 0 and less than 1; got {settings.momentum}")
     if settings.no_schedule and settings.swag_lr is not None:
         raise SettingsError("--no_schedule and --swag_lr exclude each other: the rate stays at --lr_init")
-    for read in (methods_of, datasets_of, splits_of):
-        read(settings)
+    if "PCA+NUTS" in methods_of(settings) and find_spec("pyro") is None:
+        raise SettingsError("PCA+NUTS needs pyro: pip install lowrank-bdl[experiments], or leave it out of --methods")
+    datasets_of(settings), splits_of(settings)
     preset = preset_of(settings, num_rows=0)
     training_of(settings, preset)
     candidates_of(settings, preset)

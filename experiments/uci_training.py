@@ -154,8 +154,10 @@ def train(
         For each candidate its networks, in the order of ``row_sets``.
     """
     size = _group_size(net, len(row_sets))
-    groups = [candidates[start : start + size] for start in range(0, len(candidates), size)]
-    return [own for group in groups for own in _train_group(net, x, y, row_sets, group, recipe, seed, progress)]
+    found = []
+    for start in range(0, len(candidates), size):
+        found += _train_group(net, x, y, row_sets, candidates[start : start + size], recipe, seed, progress)
+    return found
 
 
 def num_groups(net: nn.Module, num_sets: int, num_candidates: int) -> int:
@@ -185,13 +187,15 @@ def _train_group(
         for name in ("lr", "wd", "swag_lr")
     )
     faster = 2.0 if recipe.double_bias_lr else 1.0
-    multiples = [p.new_full((p.numel(),), faster if p.ndim == 1 else 1.0) for p in layout.parameters_of(net)]
+    multiples = torch.ones(layout.numel)
+    for name, part in layout.slices.items():
+        multiples[part] = faster if name.endswith("bias") else 1.0
     schedule = SWAGLR(_unit_rate(), swa_lr=0.0, horizon=recipe.swag_start)
     swag, velocity = lb.SWAG(stack, recipe.max_num_models), torch.zeros_like(thetas)
     diverged = torch.zeros(len(thetas), 1, dtype=torch.bool)
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(recipe.epochs):
-        rate = torch.lerp(swag_lr, lr, schedule.rate(epoch, 1.0)) * torch.cat(multiples)
+        rate = torch.lerp(swag_lr, lr, schedule.rate(epoch, 1.0)) * multiples
         for rows, weights in zip(*batches_of(row_sets, recipe.batch_size, generator), strict=True):
             inputs, targets, shares = (
                 part.repeat(len(candidates), *[1] * (part.ndim - 1)) for part in (x[rows], y[rows, 0], weights)

@@ -15,21 +15,26 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from experiments import uci, uci_report
+import lowrank_bdl as lb
+from experiments import uci, uci_report, uci_settings
 from experiments.common import SettingsError
 from experiments.uci_bench import Bench
 from experiments.uci_cells import cell_name
 from experiments.uci_data import load_table, split_of
 from experiments.uci_methods import LEAST_GAIN, METHODS
 from experiments.uci_published import COVERAGE, LOG_LIKELIHOOD, RMSE, Level
-from experiments.uci_settings import METHODS as NAMES
+from experiments.uci_settings import METHODS as ALL_METHODS
 from experiments.uci_settings import Settings, hidden_of, preset_of, splits_of
 
 ROOT = Path(__file__).parents[2]
+NAMES = [name for name in ALL_METHODS if name != "PCA+NUTS"]  # which has a test of its own, as it needs pyro
 TINY = (
     "--epochs 6 --batch_size 30 --wd 1e-3,1e-2 --swag_lr 1e-2 --folds 2 --num_samples 4 --tune_samples 4 --chains 2 "
-    "--burn_in 2 --thin 1 --vi_steps 5 --gp_steps 3 --max_num_models 3"
+    "--burn_in 2 --thin 1 --vi_steps 5 --gp_steps 3 --max_num_models 3 --nuts_warmup 4 --nuts_depth 2"
 ).split()
+
+
+METHOD_FLAGS = ["--methods", ",".join(NAMES)]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +57,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(path: Path, data: Path, *flags: str) -> int:
     arguments = ["--dir", str(path), "--data_path", str(data), "--dataset", "boston,own", "--splits", "0,1"]
-    return uci.main([*arguments, *TINY, *flags])
+    return uci.main([*arguments, *METHOD_FLAGS, *TINY, *flags])
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +160,27 @@ def test_units_are_those_of_the_file(finished: Path, data: Path) -> None:
             assert 0.2 < metrics["rmse"] < 4 * std and 0 <= metrics["coverage"] <= 1
 
 
+def test_the_no_u_turn_sampler_has_its_row(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyro")
+    flags = ["--dataset", "own", "--splits", "1", "--methods", "PCA+ESS,PCA+NUTS"]
+    with redirect_stdout(StringIO()):
+        assert run(tmp_path / "run", data, *flags) == 0
+    cells = results(tmp_path / "run")["cells"]["own"]
+    (ess,), (nuts,) = cells["PCA+ESS"], cells["PCA+NUTS"]
+    assert nuts["levels"] == ess["levels"] and nuts["metrics"] != ess["metrics"]
+    assert 0 < nuts["details"]["acceptance"] <= 1 and nuts["details"]["evaluations"] >= 8
+
+
+def test_without_pyro_the_sampler_is_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(uci_settings, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path / "run", data, "--methods", "all")
+    assert "PCA+NUTS needs pyro: pip install lowrank-bdl[experiments]" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 # ---- resume, processes --------------------------------------------------------------------------------------------
 
 
@@ -162,7 +188,8 @@ def test_units_are_those_of_the_file(finished: Path, data: Path) -> None:
 def test_processes_and_resume_change_no_number(finished: Path, data: Path, tmp_path: Path) -> None:
     """Killed when the first cells are there; then another process makes the rest, in parallel."""
     path = tmp_path / "run"
-    flags = ["--dir", str(path), "--data_path", str(data), "--dataset", "boston,own", "--splits", "0,1", *TINY]
+    flags = ["--dir", str(path), "--data_path", str(data), "--dataset", "boston,own", "--splits", "0,1"]
+    flags += [*METHOD_FLAGS, *TINY]
     process = subprocess.Popen(
         [sys.executable, "-m", "experiments.uci", *flags],
         cwd=ROOT,
@@ -295,8 +322,29 @@ def test_released_flags_are_understood(data: Path, tmp_path: Path) -> None:
 
 
 def test_divergence_is_said_where_it_happened(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(tmp_path / "run", data, "--methods", "SGD", "--lr_init", "1e30") == 2
-    assert "boston, split 0: every candidate diverged" in capsys.readouterr().err
+    assert run(tmp_path / "run", data, "--methods", "SGD,GP", "--lr_init", "1e30", "--dataset", "boston") == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "boston, split 0: every candidate diverged" in last and "boston, split 1: every candidate" in last
+
+
+def test_what_fails_costs_no_other_cell(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(bench: Bench) -> Any:
+        raise lb.NonFiniteError("no luck")
+
+    flags = ["--dataset", "own", "--methods", "SGD,SWA,GP"]
+    with monkeypatch.context() as patched:
+        patched.setitem(METHODS, "SWA", fails)  # type: ignore[arg-type]
+        assert run(tmp_path / "run", data, *flags) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "own, split 0, SWA: no luck; own, split 1, SWA: no luck (all else is kept by --resume)" in last
+    assert {file.name for file in (tmp_path / "run" / "cells").iterdir()} == {
+        f"own-{split}-{method}.json" for split in (0, 1) for method in ("SGD", "GP")
+    }
+    assert not (tmp_path / "run" / "results.json").exists()
+    with redirect_stdout(StringIO()):
+        assert run(tmp_path / "run", data, *flags, "--resume") == 0
 
 
 # ---- the published table ------------------------------------------------------------------------------------------

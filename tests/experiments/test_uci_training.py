@@ -52,8 +52,8 @@ def alone(net: nn.Module, place: int, candidate: Candidate) -> tuple[Tensor, lb.
     """Train one network by torch's own optimizer, clipping and loss on the batches that the stack saw."""
     layout, net = lb.ParameterLayout.from_module(net), copy.deepcopy(net)
     layout.assign_(net, initial_weights(network(hidden=(4, 3)), len(ROW_SETS), seed=7)[place])
-    biases = [p for p in net.parameters() if p.ndim == 1]
-    others = [p for p in net.parameters() if p.ndim > 1]
+    biases = [p for name, p in net.named_parameters() if name.endswith("bias")]
+    others = [p for name, p in net.named_parameters() if not name.endswith("bias")]
     groups = [{"params": others}, {"params": biases}]
     optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9, weight_decay=candidate.wd)
     swag, generator = lb.SWAG(net, rank=2), torch.Generator().manual_seed(7)
