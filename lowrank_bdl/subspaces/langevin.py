@@ -180,6 +180,19 @@ def sghmc(
     Cost: as for :func:`sgld`.
 
     Source: Chen, Fox and Guestrin, "Stochastic Gradient Hamiltonian Monte Carlo" (ICML 2014), eq. 15.
+
+    Example:
+        >>> from lowrank_bdl.subspaces.log_joint import gaussian_log_prior
+        >>> class Target:  # posterior N(0, 0.8)
+        ...     rank, prior_std = 1, 2.0
+        ...     def log_likelihood(self, z):
+        ...         return -z.square().sum(-1) / 2
+        ...     def log_prior(self, z):
+        ...         return gaussian_log_prior(z, 2.0)
+        >>> seed = torch.Generator().manual_seed(0)
+        >>> draws = sghmc(Target(), 10, lr=0.05, num_chains=100, burn_in=40, thin=10, generator=seed)
+        >>> abs(draws.covariance.item() - 0.8) < 0.2
+        True
     """
     chains = Chains(
         Langevin("SGHMC", lr, momentum, minibatch),
