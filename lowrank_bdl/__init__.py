@@ -58,15 +58,22 @@ from lowrank_bdl.prediction.predictive import Predictive
 from lowrank_bdl.prediction.temperature import TemperatureScaling
 
 # subspaces
+from lowrank_bdl.subspaces.coordinate_slice import coordinate_slice
 from lowrank_bdl.subspaces.curve import curve_subspace
+from lowrank_bdl.subspaces.diagnostics import effective_sample_size, split_rhat
 from lowrank_bdl.subspaces.directions import eigen_subspace, random_subspace
 from lowrank_bdl.subspaces.draws import Draws
 from lowrank_bdl.subspaces.elliptical_slice import elliptical_slice
 from lowrank_bdl.subspaces.frequent_directions import FrequentDirections
+from lowrank_bdl.subspaces.langevin import sghmc, sgld
 from lowrank_bdl.subspaces.log_joint import LogJoint
+from lowrank_bdl.subspaces.map_estimate import low_rank_gaussian, map_estimate
+from lowrank_bdl.subspaces.normalizing_flow import normalizing_flow
+from lowrank_bdl.subspaces.nuts import nuts
 from lowrank_bdl.subspaces.principal import covariance_subspace, pca_subspace, principal_subspace
 from lowrank_bdl.subspaces.subspace import Subspace
 from lowrank_bdl.subspaces.subspace_posterior import SubspacePosterior
+from lowrank_bdl.subspaces.variational import variational
 
 # training
 from lowrank_bdl.training import schedules
@@ -117,9 +124,11 @@ __all__ = [
     "TemperatureScaling",
     "WeightSnapshots",
     "__version__",
+    "coordinate_slice",
     "covariance_subspace",
     "curve_subspace",
     "diagonal",
+    "effective_sample_size",
     "eigen_subspace",
     "elliptical_slice",
     "estimate_memory",
@@ -129,7 +138,11 @@ __all__ = [
     "lanczos",
     "load_posterior",
     "logdet",
+    "low_rank_gaussian",
+    "map_estimate",
     "metrics",
+    "normalizing_flow",
+    "nuts",
     "pca_subspace",
     "predict",
     "principal_subspace",
@@ -138,7 +151,11 @@ __all__ = [
     "recalibrate_batch_norm_",
     "relative_noise",
     "schedules",
+    "sghmc",
+    "sgld",
     "spectral_density",
+    "split_rhat",
     "to_scipy",
     "trace",
+    "variational",
 ]
