@@ -77,7 +77,7 @@ class Settings:
     minibatch: bool = setting(False, "sgld, sghmc, vi, vi_full and flow take one batch at random for each gradient")
 
     train_limit: int | None = setting(None, "training images of the log-joint (default: all)", kind=int)
-    batch_size: int = setting(500, "training images in a batch", free=True)
+    batch_size: int = setting(250, "training images in a batch; small ones fit a processor's caches", free=True)
     bn_mode: str = setting(
         "recalibrate", "batch norm in the log-joint: recalibrated for each z, the statistics of each batch, or "
         "those of the origin", choices=("recalibrate", "train", "eval"),

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 import lowrank_bdl as lb
 from experiments import subspace, subspace_cells, train, train_report
-from experiments.common import resolve_device
+from experiments.common import SettingsError, resolve_device
 from experiments.subspace_cells import Cell, paired
 from experiments.subspace_constructions import construct, hessian
 from experiments.subspace_methods import log_joint
@@ -256,11 +256,26 @@ def test_subspaces_are_what_training_left(trained: Path) -> None:
         torch.testing.assert_close(reached, theta, rtol=1e-3, atol=1e-4)
 
 
-def test_curve_of_several_files_and_of_one_run(trained: Path) -> None:
-    files = ",".join([str(trained), str(trained / "checkpoint.safetensors"), str(trained / "weights.safetensors")])
-    settings, bench = open_run(trained, subspace="curve", curve=files)
-    with pytest.raises(subspace.SettingsError, match="--subspace curve: 3 points must span 2 dimensions"):
-        construct(settings, bench)  # the run's SWA mean is there twice
+def test_curve_of_several_files(trained: Path, tmp_path: Path) -> None:
+    """The SWA mean of a run, the last iterate from its checkpoint, and a state dict by torch.save, in this order."""
+    other = tmp_path / "other.pt"
+    state = {name: value.clone() for name, value in open_run(trained)[1].model.state_dict().items()}
+    state["15.bias"] += 1
+    torch.save({"state_dict": state, "epoch": 3}, other)
+    files = [str(trained), str(trained / "checkpoint.safetensors"), str(other)]
+    settings, bench = open_run(trained, subspace="curve", curve=",".join(files))
+    [space] = construct(settings, bench).values()
+    last, swa = bench.trained.last, bench.trained.posterior.mean
+    assert last is not None and space.rank == 2
+    shifted = last.clone()
+    shifted[bench.layout.slices["15.bias"]] += 1
+    for theta in (swa, last, shifted):
+        torch.testing.assert_close(space.to_theta(space.project(theta)), theta, rtol=1e-4, atol=1e-5)
+    way = space.project(shifted) - space.project(swa)  # the first column points from the first to the last
+    assert way.tolist() == pytest.approx([3**0.5, 0.0], rel=1e-3, abs=1e-4)
+    settings, bench = open_run(trained, subspace="curve", curve=",".join([files[0], *files[:2]]))
+    with pytest.raises(SettingsError, match="--subspace curve: 3 points must span 2 dimensions"):
+        construct(settings, bench)
 
 
 def test_hessian_subspace_is_laplace(trained: Path, tmp_path: Path) -> None:
