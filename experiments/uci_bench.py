@@ -74,8 +74,11 @@ class Bench:
 
     def training_rows(self, part: int) -> tuple[Tensor, Tensor]:
         """Return the rows that a part trains on, (n, p) and (n, 1), float32: all but a fold, or all."""
-        rows = torch.cat([fold for number, fold in enumerate(self.folds) if number != part])
+        rows = self._rows(part)
         return self._x[rows], self._y[rows]
+
+    def _rows(self, part: int) -> Tensor:
+        return torch.cat([fold for number, fold in enumerate(self.folds) if number != part])
 
     def training_batches(self, part: int) -> list[tuple[Tensor, Tensor]]:
         """Return the same rows in batches for a pass without gradients."""
@@ -98,8 +101,7 @@ class Bench:
 
     @cached_property
     def _networks(self) -> list[list[Network]]:
-        parts = range(len(self.folds) + 1)
-        row_sets = [torch.cat([fold for n, fold in enumerate(self.folds) if n != part]) for part in parts]
+        row_sets = [self._rows(part) for part in range(len(self.folds) + 1)]
         return train(
             self.net, self._x, self._y, row_sets, self.candidates, self._recipe, self.seed, progress=self._progress
         )

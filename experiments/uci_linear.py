@@ -11,6 +11,7 @@ from experiments.uci_data import RegressionSplit
 from experiments.uci_metrics import Forecast
 
 EVIDENCE_STEPS = 100
+GP_RATE = 0.3  # falls to 0 along a cosine
 
 
 def features_of(net: nn.Module, layout: lb.ParameterLayout, theta: Tensor, x: Tensor) -> Tensor:
@@ -82,7 +83,8 @@ def exact_gp(
 
     model = Regression().double()
     evidence = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=GP_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     exact = gpytorch.settings.fast_computations(False, False, False)
     with exact:
         for _ in range(steps):
@@ -90,6 +92,7 @@ def exact_gp(
             loss = -evidence(model(x), y)
             loss.backward()
             optimizer.step()
+            schedule.step()
         model.eval()
         with torch.no_grad():
             parts = [model.likelihood(model(part)) for part in split.x_test.split(1000)]

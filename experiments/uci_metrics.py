@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 import lowrank_bdl as lb
@@ -69,8 +68,3 @@ def metrics_of(forecast: Forecast, std: float) -> dict[str, float]:
         "rmse": std * error.square().mean().sqrt().item(),
         "coverage": inside.double().mean().item(),
     }
-
-
-def finite(forecast: Forecast) -> bool:
-    """Whether every number that a metric needs is finite."""
-    return all(bool(torch.isfinite(part).all()) for part in (forecast.mean, forecast.variance, forecast.log_likelihood))

@@ -114,7 +114,7 @@ class Settings:
     nuts_warmup: int = setting(30, "PCA+NUTS: steps that adapt step size and masses")
     nuts_depth: int = setting(5, "PCA+NUTS: at most 2 to this power gradients for a draw")
     gp_rows: int = setting(2000, "GP: most training rows; of more so many are drawn")
-    gp_steps: int = setting(60, "GP: steps of Adam on the marginal likelihood")
+    gp_steps: int = setting(80, "GP: steps of Adam on the marginal likelihood")
     resume: bool = setting(False, "go on with the run in --dir, whose finished cells are kept", free=True)
 
 
