@@ -185,7 +185,7 @@ class Work:
         found = density(path, target, flat, self.settings.grid, self.recipe)
         about = f"{title}\nposterior in the plane of the first two coordinates of {name}, T = {temperature:g}"
         if len(found.others):
-            about += "; the others at their mean"
+            about += f"\n(the other {len(found.others)} at the mean of the first method's draws)"
         subspace_plots.plane(path.with_suffix(".png"), found, by_method, about)
 
     def report(self) -> str:

@@ -41,6 +41,8 @@ def construct(settings: Settings, bench: Bench) -> dict[str, Subspace]:
             continue
         try:
             found[name] = MAKERS[name](settings, bench)
+        except SettingsError:
+            raise
         except (lb.ShapeError, lb.NotConvergedError, lb.MemoryLimitError, ValueError) as error:
             raise SettingsError(f"--subspace {name}: {' '.join(str(error).split())}") from None
     return found

@@ -14,9 +14,10 @@ from experiments.subspace_plane import Plane
 from lowrank_bdl.subspaces.draws import Draws
 
 COLORS = {
-    "ess": "#D55E00", "slice": "#E69F00", "nuts": "#0072B2", "sgld": "#56B4E9", "sghmc": "#8C6D1F", "vi": "#CC79A7",
-    "vi_full": "#7B3294", "flow": "#999933", "map": "#555555", "low_rank_gaussian": "#882255", **plots.COLORS,
+    "ess": "#0072B2", "slice": "#E69F00", "nuts": "#7B3294", "sgld": "#56B4E9", "sghmc": "#8C6D1F", "vi": "#CC79A7",
+    "vi_full": "#882255", "flow": "#999933", "map": "#555555", "low_rank_gaussian": "#44AA99", **plots.COLORS,
 }  # fmt: skip
+ON_BLUE = "#D55E00"
 LINES = {
     "random": ":", "pca": "-", "covariance": "--", "freq_dir": "-.", "principal": (0, (5, 1)), "hessian": (0, (1, 1)),
     "curve": (0, (3, 1, 1, 1)),
@@ -50,7 +51,7 @@ def plane(path: Path, found: Plane, draws: Mapping[str, Draws], title: str) -> N
             axes.contour(found.x, found.y, shown, levels=LEVELS, colors="#444444", linewidths=0.8)
             for chain, marker in zip(own.draws.cpu().numpy(), _markers(own.num_chains), strict=True):
                 axes.plot(
-                    chain[:, 0], chain[:, 1], marker, color=COLORS[method], markersize=4, markeredgecolor="white",
+                    chain[:, 0], chain[:, 1], marker, color=ON_BLUE, markersize=4, markeredgecolor="white",
                     markeredgewidth=0.4, alpha=0.8,
                 )  # fmt: skip
             axes.set_title(method)

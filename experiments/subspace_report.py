@@ -60,7 +60,7 @@ def table(
 
 def title(bench: Bench) -> str:
     own = bench.trained.settings
-    return f"{own.model} on {bench.data.name}: inference in subspaces, {len(bench.split):,} {bench.images} images"
+    return f"{own.model} on {bench.data.name}, {len(bench.split):,} {bench.images} images"
 
 
 def notes(bench: Bench) -> str:

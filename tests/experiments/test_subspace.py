@@ -393,7 +393,7 @@ def test_rows_may_be_added_and_settings_may_not_change(
         (["--run", "RUN", "--subspace", "pca", "--rank", "9"], "--subspace pca: the deviations have numerical rank 4"),
         (["--run", "RUN", "--subspace", "curve"], "--subspace curve and --curve FILE go together"),
         (["--run", "RUN", "--subspace", "curve", "--curve", "a,b"], "--curve must give three or more points"),
-        (["--run", "RUN", "--subspace", "curve", "--curve", "none"], "--curve none: there is no such file"),
+        (["--run", "RUN", "--subspace", "curve", "--curve", "none"], "error: --curve none: there is no such file"),
         (["--run", "RUN", "--method", "sgld"], "--step_size is needed for sgld and sghmc"),
         (["--run", "RUN", "--bn_subset", "1.5"], "--bn_subset must be at most 1; got 1.5"),
         (["--run", "RUN", "--grid", "1"], "--grid must be 0, or at least 2; got 1"),
