@@ -25,6 +25,7 @@ LINES = {
 DEPTH = 12.0  # log-densities further below the top are one shade [nats]
 LEVELS = (-4.5, -2.0, -0.5)  # of a normal density: 3, 2 and 1 standard deviations from the mode
 PANELS = 4  # in a row
+MANY = 200  # draws, above which their markers are small
 LEGEND_COLUMNS = 3
 COORDINATES = 3  # shown in a trace
 
@@ -43,16 +44,17 @@ def plane(path: Path, found: Plane, draws: Mapping[str, Draws], title: str) -> N
     columns = min(PANELS, len(draws))
     rows = -(-len(draws) // columns)
     with plt.rc_context(plots.STYLE | {"axes.grid": False}):
-        size = {"nrows": rows, "ncols": columns, "sharex": True, "sharey": True, "squeeze": False}
-        figure, grid = plots._axes(max(4.2 * columns, 6.6) + 0.8, 4.2 * rows + 0.8, **size)
+        shape = {"nrows": rows, "ncols": columns, "sharex": True, "sharey": True, "squeeze": False}
+        figure, grid = plots._axes(max(4.2 * columns, 6.6) + 0.8, 4.2 * rows + 0.8, **shape)
         panels = list(grid.flat)
         for axes, (method, own) in zip(panels, draws.items(), strict=False):
             image = axes.contourf(found.x, found.y, shown, levels=np.linspace(-DEPTH, 0, 25), cmap="Blues")
             axes.contour(found.x, found.y, shown, levels=LEVELS, colors="#444444", linewidths=0.8)
+            size = 4.0 if len(own.flat) <= MANY else 1.8
             for chain, marker in zip(own.draws.cpu().numpy(), _markers(own.num_chains), strict=True):
                 axes.plot(
-                    chain[:, 0], chain[:, 1], marker, color=ON_BLUE, markersize=4, markeredgecolor="white",
-                    markeredgewidth=0.4, alpha=0.8,
+                    chain[:, 0], chain[:, 1], marker, color=ON_BLUE, markersize=size, markeredgecolor="white",
+                    markeredgewidth=0.1 * size, alpha=0.8,
                 )  # fmt: skip
             axes.set_title(method)
             axes.set_xlabel("first coordinate")
