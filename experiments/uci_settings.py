@@ -34,10 +34,10 @@ class Preset:
     epochs: int
     lr: tuple[float, ...]
     wd: tuple[float, ...]
-    collected: tuple[float, ...] = (0.1, 1.0)
+    collected: tuple[float, ...] = (0.01, 0.1, 1.0)
 
 
-TINY_PRESET = Preset(batch_size=30, epochs=300, lr=(1e-2,), wd=(1e-4, 1e-3, 1e-2, 3e-2))
+TINY_PRESET = Preset(batch_size=30, epochs=300, lr=(1e-2,), wd=(1e-3, 1e-2, 2e-2, 4e-2))
 SMALL_PRESET = dataclasses.replace(TINY_PRESET, batch_size=100)
 LARGE_PRESET = Preset(batch_size=400, epochs=100, lr=(1e-3,), wd=(1e-4, 1e-3))
 HUGE_PRESET = dataclasses.replace(LARGE_PRESET, batch_size=200, epochs=200)
@@ -94,7 +94,7 @@ class Settings:
     swag_lr: str | None = setting(
         None,
         "rate of the epochs with a snapshot, reached at 90 %% of those before; of several, separated by commas, one is "
-        "chosen (default: --lr_init and a tenth of it)",
+        "chosen (default: --lr_init, a tenth and a hundredth of it)",
         kind=str,
     )
     no_schedule: bool = setting(False, "keep the rate at --lr_init, as published")
