@@ -105,8 +105,8 @@ def draw(run: RunDir, bench: Bench, cells: dict[str, Cell]) -> None:
         report.draw_correlations(run.path / "correlations.png", functions, titles, x)
 
 
-def experiment(run: RunDir, bench: Bench, cells: dict[str, Cell | None]) -> str:
-    """Fill what is left, then write table and figures, and results.json last; return the table."""
+def experiment(run: RunDir, bench: Bench, cells: dict[str, Cell | None]) -> dict[str, Cell]:
+    """Fill what is left, then write table and figures, and results.json last; return all cells."""
     found = fill(run, bench, cells)
     draw(run, bench, found)
     text = f"{report.table(list(found.values()))}\n\n{report.notes(bench.data, bench.settings.noise_variance)}"
@@ -128,7 +128,7 @@ def experiment(run: RunDir, bench: Bench, cells: dict[str, Cell | None]) -> str:
             "correlation_at_neighbours": neighbours(run, bench, found),
         },
     )
-    return text
+    return found
 
 
 def neighbours(run: RunDir, bench: Bench, cells: dict[str, Cell]) -> dict[str, dict[str, float]]:
@@ -146,7 +146,8 @@ def neighbours(run: RunDir, bench: Bench, cells: dict[str, Cell]) -> dict[str, d
 def work(settings: Settings) -> str:
     """Check everything, then run what is left; return what to print."""
     run, bench, cells = prepare(settings)
-    return f"{experiment(run, bench, cells)}\nwritten to {run.path}"
+    experiment(run, bench, cells)
+    return f"{(run.path / 'table.txt').read_text(encoding='utf-8')}written to {run.path}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
