@@ -11,12 +11,14 @@ Prior, HMC, Ensemble, MFVI   over all 261 weights of a small network, under one 
 
 The published temperatures, priors and step numbers are the defaults (no temperature of VI was published: it has its
 subspace's). Bands are of the function, as published; dotted lines add the noise. Correlations of f(x) with f(x') are of
-the functions that the prior over the weights, or what a method draws, implies.
+the functions that the prior over the weights, or what a method draws, implies. All of it took twelve minutes on a busy
+core, HMC five of them.
 
 Examples:
   python -m experiments.synthetic_regression --data_path DATA_DIR --dir runs/toy
   python -m experiments.synthetic_regression --methods Prior,HMC,Ensemble,MFVI --dir runs/toy-all-weights
   python -m experiments.synthetic_regression --data_path DATA_DIR --dir runs/toy --resume
+  python -m experiments.synthetic_regression --methods Random+ESS,Curve+ESS --thin 20 --dir runs/toy-mixed
 
 Writes to --dir: cells/METHOD.json and .npz, networks.safetensors, swag.safetensors (all kept by --resume), bands.png,
 all_weights.png, correlations.png, table.txt, log.jsonl, results.json (last), settings.json, environment.json,

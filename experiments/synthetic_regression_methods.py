@@ -183,6 +183,7 @@ def _ess(bench: Bench, construction: str, name: str) -> Outcome:
         settings.num_samples // settings.chains,
         num_chains=settings.chains,
         burn_in=settings.burn_in,
+        thin=settings.thin,
         generator=bench.generator(name),
         progress=True,
     )

@@ -50,6 +50,7 @@ class Settings:
     num_samples: int = setting(1000, "draws of a method, over all chains")
     chains: int = setting(4, "chains of elliptical slice sampling")
     burn_in: int = setting(50, "steps of each that are thrown away")
+    thin: int = setting(1, "steps of each for a draw; more where R-hat is large")
     random_temperature: float = setting(0.15, "Random+ESS: what the log-likelihood is divided by")
     random_prior_std: float = setting(1.0, "Random+ESS: of the prior of every coordinate")
     pca_temperature: float = setting(1.5, "the same in the principal subspace")
@@ -103,8 +104,8 @@ def check(settings: Settings) -> Settings:
     """
     at_least = dict(
         threads=1, seed=0, rows=30, grid=3, epochs=3, batch_size=1, swag_start=0, max_num_models=2, curve_epochs=1,
-        random_rank=1, num_samples=8, chains=1, burn_in=0, vi_steps=1, nuts_samples=4, nuts_warmup=1, hmc_chains=1,
-        hmc_samples=4, hmc_warmup=1, hmc_depth=1, members=2, member_steps=1, mfvi_steps=1,
+        random_rank=1, num_samples=8, chains=1, burn_in=0, thin=1, vi_steps=1, nuts_samples=4, nuts_warmup=1,
+        hmc_chains=1, hmc_samples=4, hmc_warmup=1, hmc_depth=1, members=2, member_steps=1, mfvi_steps=1,
     )  # fmt: skip
     for name, least in at_least.items():
         if getattr(settings, name) < least:

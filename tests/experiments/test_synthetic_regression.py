@@ -96,6 +96,12 @@ def test_cells_hold_bands_and_metrics(finished: Path) -> None:
             np.testing.assert_allclose(functions.std(0), cell["std"], rtol=1e-4, atol=1e-5)
         assert set(cell["metrics"]) == {"inside", "outside", "gaps"}
         assert all(0 <= own["coverage"] <= 1 and own["rows"] > 0 for own in cell["metrics"].values())
+        if cell["draws"] > 2:  # the grid is the integers from -10 to 10
+            rows = {place: np.corrcoef(functions[:, 10], functions[:, 10 + place])[0, 1] for place in (-8, -3, 1, 3, 8)}
+            neighbours = found["correlation_at_neighbours"][method]
+            assert neighbours == pytest.approx({str(place): rho for place, rho in rows.items()}, abs=1e-6)
+        else:
+            assert method not in found["correlation_at_neighbours"]
     draws = {method: cell["draws"] for method, cell in found["cells"].items()}
     assert draws["SGD"] == 1 and draws["Ensemble"] == 3 and draws["PCA+ESS"] == 16 and draws["Prior"] == 1000
     assert found["cells"]["SGD"]["std"] == [0.0] * 21
@@ -132,7 +138,7 @@ def test_the_samplers_of_pyro_have_their_cells(tmp_path: Path) -> None:
     assert cells["NUTS"]["details"]["temperature"] == 0.5 and cells["NUTS"]["details"]["subspace"] == "pca"
     assert cells["NUTS"]["draws"] == 4 and cells["HMC"]["draws"] == 8
     assert 0 <= cells["HMC"]["details"]["acceptance"] <= 1 and "largest_rhat" in cells["HMC"]["details"]
-    assert not (tmp_path / "run" / "nothing").exists() and (tmp_path / "run" / "all_weights.png").exists()
+    assert (tmp_path / "run" / "bands.png").exists() and (tmp_path / "run" / "all_weights.png").exists()
 
 
 # ---- refusals -----------------------------------------------------------------------------------------------------
@@ -141,6 +147,7 @@ REFUSED = {
     "--methods ESS": "unknown method 'ESS'",
     "--hidden 8,x": "--hidden must be numbers of units",
     "--swag_start 6": "--swag_start must leave 3 of the 8 epochs",
+    "--thin 0": "--thin must be at least 1",
     "--scale 0": "--scale must be positive",
     "--momentum 1": "--momentum must be at least 0 and less than 1",
     "--wd -1": "--wd must be at least 0",
@@ -251,7 +258,9 @@ def test_networks_side_by_side_are_the_networks() -> None:
     layout = lb.ParameterLayout.from_module(net)
     thetas = torch.randn(3, layout.numel, generator=generator, dtype=torch.float64)
     inputs = torch.randn(3, 7, 2, generator=generator, dtype=torch.float64)
-    expected = torch.stack([functional_call(net, layout.unflatten(t), (x,))[:, 0] for t, x in zip(thetas, inputs)])  # noqa: B905
+    expected = torch.stack(
+        [functional_call(net, layout.unflatten(t), (x,))[:, 0] for t, x in zip(thetas, inputs, strict=True)]
+    )
     torch.testing.assert_close(evaluate(layout, thetas, inputs), expected, rtol=1e-12, atol=1e-12)
     shared = torch.stack([functional_call(net, layout.unflatten(t), (inputs[0],))[:, 0] for t in thetas])
     torch.testing.assert_close(evaluate(layout, thetas, inputs[0]), shared, rtol=1e-12, atol=1e-12)
