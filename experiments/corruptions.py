@@ -13,6 +13,7 @@ deviations out. Unlike in the released code pixels are rounded to the nearest of
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from experiments.datasets.sources import InMemory, Preparation
 from lowrank_bdl.models.registry import closest_first
 
 SEVERITIES = (1, 2, 3, 4, 5)
+SET_NAME = re.compile(r"(?P<name>\w+)-[1-5]")  # what predictions call the images of a file
 _CHUNK = 500  # images corrupted at once; draws, and so results, depend on it
 
 
@@ -147,6 +149,10 @@ def generator_for(seed: int, name: str, severity: int) -> torch.Generator:
 
 def file_name(name: str, severity: int) -> str:
     return f"{name}_{severity}.npz"
+
+
+def set_name(name: str, severity: int) -> str:
+    return f"{name}-{severity}"
 
 
 def write_images(path: Path, images: Tensor, labels: Tensor) -> None:

@@ -32,16 +32,14 @@ from torch import Tensor
 
 from experiments import uncertainty, uncertainty_settings
 from experiments.common import RunDir, SettingsError, parse_settings, run_script, setting
-from experiments.corruptions import load_corrupted
+from experiments.corruptions import SET_NAME, SEVERITIES, load_corrupted, set_name
 from experiments.datasets import Datasets, Split, label_map, load_dataset
 from experiments.evaluation import Images
 from experiments.uncertainty_plots import severity_panels
 from experiments.uncertainty_report import METRICS, Cells, markdown_table
 
 PROG = "python -m experiments.ood"
-SEVERITIES = (1, 2, 3, 4, 5)
 CORRUPTED_FILE = re.compile(r"(?P<name>(?!labels)\w+)(_[1-5]\.npz|\.npy)")
-CORRUPTED_SET = re.compile(r"(?P<name>\w+)-[1-5]")
 STAND_IN = 3  # severity of the corrupted images that stand in for STL10
 SHOWN = {"accuracy": "accuracy %", "nll": "NLL", "ece": "ECE %"}
 
@@ -116,10 +114,6 @@ def corrupted_sets(settings: Settings, data: Datasets) -> dict[str, Images]:
     return found
 
 
-def set_name(name: str, severity: int) -> str:
-    return f"{name}-{severity}"
-
-
 def transfer_sets(settings: Settings, data: Datasets) -> dict[str, Images]:
     """Load what the network is transferred to, its labels mapped to those of the network."""
     if settings.transfer == "none":
@@ -164,7 +158,7 @@ def report(
 ) -> tuple[list[str], dict[str, Any]]:
     """Write what the shifted images did: a table each, and the figure against severity."""
     first = next(iter(cells.values()))[0]
-    corruptions = sorted({match["name"] for name in first["metrics"] if (match := CORRUPTED_SET.fullmatch(name))})
+    corruptions = sorted({match["name"] for name in first["metrics"] if (match := SET_NAME.fullmatch(name))})
     lines: list[str] = []
     more: dict[str, Any] = {}
     if corruptions:

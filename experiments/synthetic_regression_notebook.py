@@ -71,7 +71,7 @@ is one cell of the run, kept in its folder as soon as it is there.""",
         "code",
         """\
 cells = script.experiment(run, bench, cells)
-for method, cell in cells.items():
+for cell in cells.values():
     print(f"{report.title_of(cell):28} {cell['draws']:5} draws of {cell['parameters']:6,} weights")""",
     ),
     (

@@ -29,6 +29,7 @@ settings.json, environment.json, command.sh
 
 import dataclasses
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ from tqdm import tqdm
 import lowrank_bdl as lb
 from experiments import uncertainty_report
 from experiments.common import RunDir, SettingsError, parse_settings, resolve_device, run_script, write_atomically
+from experiments.corruptions import SET_NAME
 from experiments.datasets import Datasets
 from experiments.evaluation import Images
 from experiments.uncertainty_cells import ImageSets, finished_cell, run_cell
@@ -100,6 +102,13 @@ def title_of(settings: Settings, data: Datasets, given: TrainSettings | None) ->
     )
 
 
+def described(sizes: Mapping[str, int]) -> str:
+    """Say how many images each set has; those of corruptions at severities together."""
+    corrupted = Counter(number for name, number in sizes.items() if SET_NAME.fullmatch(name))
+    parts = [f"{number:,} {name}" for name, number in sizes.items() if not SET_NAME.fullmatch(name)]
+    return "; ".join(parts + [f"{count} corrupted sets of {number:,}" for number, count in corrupted.items()])
+
+
 def notes_of(
     settings: Settings,
     data: Datasets,
@@ -108,7 +117,7 @@ def notes_of(
     cells: Cells,
 ) -> list[str]:
     """Say how the numbers of the table were made."""
-    images = "; ".join(f"{number:,} {name}" for name, number in sets.sizes.items())
+    images = described(sets.sizes)
     count = len(next(iter(cells.values())))
     notes = [
         f"{len(data.train):,} training images; {images} images. "

@@ -74,7 +74,9 @@ def test_metrics_against_severity(severities: Path, tmp_path: Path) -> None:
     assert shown == pytest.approx([own["test"]["nll"], *mean])
     assert own["brightness-1"] == own["brightness-5"] != own["gaussian_noise-5"]
     assert found["corruptions"] == ["brightness", "gaussian_noise"]
-    assert "## NLL by severity, mean over 2 corruptions" in (path / "uncertainty.md").read_text() in printed.getvalue()
+    text = (path / "uncertainty.md").read_text()
+    assert "## NLL by severity, mean over 2 corruptions" in text in printed.getvalue()
+    assert "; 10 corrupted sets of 40 images." in text
     assert imread(path / "severity.png").shape[1] >= 600
 
 
