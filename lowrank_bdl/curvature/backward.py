@@ -117,15 +117,15 @@ def vectors_at_once(forward: Callable[[], object], vector_bytes: int, device: to
 
     Cost: a forward pass.
     """
-    saved: dict[int, int] = {}
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> int:  # not the tensor, which would keep the graph alive through itself
         storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
+        saved[storage.data_ptr()] = storage  # kept, so that no other is put at its address
         return 0
 
     with torch.autograd.graph.saved_tensors_hooks(pack, torch.tensor):
         forward()
-    own = _GRAPH_FACTOR * sum(saved.values()) + vector_bytes
+    own = _GRAPH_FACTOR * sum(storage.nbytes() for storage in saved.values()) + vector_bytes
     limit = _CACHE_BYTES if device.type == "cpu" else (available_memory(device) or _CACHE_BYTES) // 4
     return max(1, limit // own)
