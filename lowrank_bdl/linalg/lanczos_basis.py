@@ -9,6 +9,10 @@ from lowrank_bdl.linalg.factors import CPU_CHUNK
 from lowrank_bdl.linalg.moments import column_chunks
 
 
+_SUMMED = 8192
+"""Products of a float32 sum on a CPU before it goes into float64."""
+
+
 class LanczosBasis:
     r"""Rows :math:`q_0, q_1, \dots \in R^D`, orthonormal, in two tensors.
 
@@ -83,7 +87,7 @@ class LanczosBasis:
         Returns:
             The coefficients removed, ``(last - first, w)``, float64.
 
-        Cost: four reads of the rows where they have the working dtype, else three, with a conversion each.
+        Cost: four reads of the rows; three where they are worked on in parts that fit a cache.
         """
         total = torch.zeros(last - first, len(vectors), dtype=torch.float64, device=vectors.device)
         removed: Tensor | None = None
@@ -159,8 +163,15 @@ class LanczosBasis:
             start += len(panel)
 
     def _parts(self, count: int) -> Iterator[slice]:
-        """Yield all columns at once where no conversion is needed."""
-        return iter((slice(0, self.dim),)) if self.dtype == self.work_dtype else self._chunks(count)
+        """Yield slices of columns that are worked on at once: all of them where nothing speaks against it.
+
+        Rows of another dtype are converted. On a CPU one long float32 sum adds millions of small products to what a few
+        large entries made, and loses them: 1e-4 of the result; sums of parts, added up in float64, do not.
+        """
+        if self.dtype != self.work_dtype:
+            return self._chunks(count)
+        width = _SUMMED if self.device.type == "cpu" and self.dtype == torch.float32 else max(self.dim, 1)
+        return (slice(start, min(start + width, self.dim)) for start in range(0, self.dim, width))
 
     def _chunks(self, count: int) -> Iterator[slice]:
         """Yield slices of columns, ``count`` rows of which are a quarter of a vector, or fit a cache."""

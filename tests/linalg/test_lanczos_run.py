@@ -210,3 +210,16 @@ def test_bad_options() -> None:
         lanczos(lambda v: 1.0, 1, block_size=2, start=torch.ones(9))  # type: ignore[arg-type,return-value]
     with pytest.raises(ValueError, match=r"s <= 2, the block_size; got \(9, 3\)"):
         lanczos(op, 1, block_size=2, start=torch.ones(9, 3))
+
+
+def test_single_precision_stays_orthogonal_beside_large_entries() -> None:
+    """Eigenvectors that are one entry each: one long float32 sum would lose all small products beside it."""
+    size = 300_000
+    values = 0.01 * torch.randn(size, generator=torch.Generator().manual_seed(0))
+    values[:12] = torch.logspace(2, 0, 12)
+    start = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    pairs = lanczos(product(values), (10, 2), start=start, num_basis=30, max_matvecs=30, tol=0.0)
+    vectors = pairs.eigenvectors.double()
+    assert (vectors.mT @ vectors - torch.eye(12)).abs().max() < 1e-5
+    measured = (values.double()[:, None] * vectors - vectors * pairs.eigenvalues).norm(dim=0)
+    assert (measured - pairs.residuals).abs().max() < 1e-4  # the largest eigenvalue is 100
