@@ -130,6 +130,29 @@ int NAME(gram)(const STORED *rows, ptrdiff_t ld, int k, ptrdiff_t dim, const STO
     return failed;
 }
 
+/* Add the block of R' w to `sum`. */
+static inline void NAME(add_dots)(const STORED *rows, ptrdiff_t ld, int k, ptrdiff_t start, int n, const REAL *w, double *sum) {
+    const int whole = n / LANES * LANES;
+    for (int r = 0; r < k; r += 4) { /* four rows for one read of the vector */
+        const STORED *row[4];
+        VEC dot[4];
+        memset(dot, 0, sizeof dot);
+        for (int t = 0; t < 4; t++) row[t] = rows + (r + t < k ? r + t : k - 1) * ld + start;
+        for (int i = 0; i < whole; i += LANES) {
+            const VEC v = *(VEC *)(w + i);
+            for (int t = 0; t < 4; t++) {
+                dot[t] += LOAD(row[t] + i) * v;
+                __builtin_prefetch(row[t] + i + BLOCK, 0, 2);
+            }
+        }
+        for (int t = 0; t < 4 && r + t < k; t++) {
+            double tail = NAME(total)(dot[t]);
+            for (int i = whole; i < n; i++) tail += (double)row[t][i] * w[i];
+            sum[r + t] += tail;
+        }
+    }
+}
+
 /* sums (k + 1) = R' diag(d)^-1 (x - mean), and (x - mean)' diag(d)^-1 (x - mean) in the last place. */
 int NAME(project)(const STORED *rows, ptrdiff_t ld, int k, ptrdiff_t dim, const STORED *diag, const STORED *x,
                   const STORED *mean, double *sums, int threads) {
@@ -152,24 +175,7 @@ int NAME(project)(const STORED *rows, ptrdiff_t ld, int k, ptrdiff_t dim, const 
             for (int i = 0; i < whole; i += LANES) norm += *(VEC *)(weighted + i) * *(VEC *)(centred + i);
             sum[k] += NAME(total)(norm);
             for (int i = whole; i < n; i++) sum[k] += (double)weighted[i] * centred[i];
-            for (int r = 0; r < k; r += 4) { /* four rows for one read of the weighted vector */
-                const STORED *row[4];
-                VEC dot[4];
-                memset(dot, 0, sizeof dot);
-                for (int t = 0; t < 4; t++) row[t] = rows + (r + t < k ? r + t : k - 1) * ld + start;
-                for (int i = 0; i < whole; i += LANES) {
-                    const VEC w = *(VEC *)(weighted + i);
-                    for (int t = 0; t < 4; t++) {
-                        dot[t] += LOAD(row[t] + i) * w;
-                        __builtin_prefetch(row[t] + i + BLOCK, 0, 2);
-                    }
-                }
-                for (int t = 0; t < 4 && r + t < k; t++) {
-                    double tail = NAME(total)(dot[t]);
-                    for (int i = whole; i < n; i++) tail += (double)row[t][i] * weighted[i];
-                    sum[r + t] += tail;
-                }
-            }
+            NAME(add_dots)(rows, ld, k, start, n, weighted, sum);
         }
     }
     add_pieces(partial, k + 1);
@@ -201,6 +207,38 @@ static REAL *NAME(padded)(const double *z, int k, double sign) {
     REAL *copy = calloc((size_t)k + 3, sizeof(REAL));
     for (int r = 0; copy != NULL && r < k; r++) copy[r] = (REAL)(sign * z[r]);
     return copy;
+}
+
+/* x = x - R z, in place; sums (k + 1) = R' x for the new x if asked for, and |x|^2 in the last place. */
+int NAME(subtract)(const STORED *rows, ptrdiff_t ld, int k, ptrdiff_t dim, const double *z, STORED *x, int project,
+                   double *sums, int threads) {
+    REAL *weights = NAME(padded)(z, k, -1.0);
+    double *partial = calloc((size_t)PIECES * (k + 1), sizeof(double));
+    const int failed = weights == NULL || partial == NULL;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int piece = 0; piece < (failed ? 0 : PIECES); piece++) {
+        REAL left[BLOCK] __attribute__((aligned(BYTES)));
+        double *sum = partial + (size_t)piece * (k + 1);
+        FOR_BLOCKS(piece, dim, block) {
+            const ptrdiff_t start = block * BLOCK;
+            const int n = WIDTH(dim, start), whole = n / LANES * LANES;
+            for (int i = 0; i < n; i++) left[i] = (REAL)x[start + i];
+            NAME(add_rows)(rows, ld, k, start, n, weights, left);
+            for (int i = 0; i < n; i++) left[i] = x[start + i] = (STORED)left[i];
+            VEC norm = {0};
+            for (int i = 0; i < whole; i += LANES) norm += *(VEC *)(left + i) * *(VEC *)(left + i);
+            sum[k] += NAME(total)(norm);
+            for (int i = whole; i < n; i++) sum[k] += (double)left[i] * left[i];
+            if (project) NAME(add_dots)(rows, ld, k, start, n, left, sum); /* the rows are in the cache still */
+        }
+    }
+    if (!failed) {
+        add_pieces(partial, k + 1);
+        memcpy(sums, partial, (k + 1) * sizeof(double));
+    }
+    free(weights);
+    free(partial);
+    return failed;
 }
 
 /* With v = x - mean and r = v - R z: solution = r / d unless NULL, and

@@ -74,6 +74,26 @@ def project(root: Tensor, diag: Tensor | None, vector: Tensor, mean: Tensor | No
     return result
 
 
+def subtract_(root: Tensor, vector: Tensor, weights: Tensor, project: bool) -> Tensor:
+    r"""Replace a vector v by :math:`v - R z`, and return :math:`R^\top v` and :math:`v^\top v` of the new one.
+
+    Args:
+        root: R.
+        vector: v, shape ``(D,)``, overwritten.
+        weights: z, shape ``(K,)``, float64.
+        project: Whether to compute :math:`R^\top v`, from the same read of the root; zeros otherwise.
+
+    Returns:
+        Float64, shape ``(K + 1,)``.
+    """
+    result = torch.empty(root.shape[-1] + 1, dtype=torch.float64)
+    weights = weights.contiguous()
+    arguments = (_pointer(weights), _pointer(vector), ctypes.c_int(project), _pointer(result))
+    _call("subtract", root, vector.dtype, *arguments)
+    _bump(vector)
+    return result
+
+
 def residual(
     root: Tensor,
     diag: Tensor,

@@ -1,13 +1,13 @@
 """The orthonormal vectors of a Lanczos run: in any dtype, on any device, never copied as a whole."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from lowrank_bdl.linalg import compiled
 from lowrank_bdl.linalg.factors import CPU_CHUNK
 from lowrank_bdl.linalg.moments import column_chunks
-
 
 _SUMMED = 8192
 """Products of a float32 sum on a CPU before it goes into float64."""
@@ -87,8 +87,12 @@ class LanczosBasis:
         Returns:
             The coefficients removed, ``(last - first, w)``, float64.
 
-        Cost: four reads of the rows; three where they are worked on in parts that fit a cache.
+        Cost: four reads of the rows; about three by compiled kernels (one vector, rows of its dtype, CPU), or where
+        they are worked on in parts that fit a cache.
         """
+        panels = [panel for _, panel in self._filled(first, last)]
+        if len(vectors) == 1 and panels and all(compiled.applies(panel.mT, vectors[0]) for panel in panels):
+            return _orthogonalize_one_(vectors[0], [panel.mT for panel in panels]).unsqueeze(-1)
         total = torch.zeros(last - first, len(vectors), dtype=torch.float64, device=vectors.device)
         removed: Tensor | None = None
         for sweep in range(3):
@@ -180,6 +184,22 @@ class LanczosBasis:
             width = min(width, CPU_CHUNK)
         for start in range(0, self.dim, width):
             yield slice(start, min(start + width, self.dim))
+
+
+def _orthogonalize_one_(vector: Tensor, roots: Sequence[Tensor]) -> Tensor:
+    """Remove the columns of all roots from a vector in two passes, with compiled kernels; return the coefficients.
+
+    Of the last root, usually the longest, the second projection comes with the first subtraction, from one read.
+    """
+    last = roots[-1]
+    first_pass = [compiled.project(root, None, vector, None, vector.dtype)[:-1] for root in roots]
+    for root, found in zip(roots, first_pass, strict=True):
+        again = compiled.subtract_(root, vector, found, project=root is last)
+    second_pass = [compiled.project(root, None, vector, None, vector.dtype)[:-1] for root in roots[:-1]]
+    second_pass.append(again[:-1])
+    for root, found in zip(roots, second_pass, strict=True):
+        compiled.subtract_(root, vector, found, project=False)
+    return torch.cat(first_pass) + torch.cat(second_pass)
 
 
 def norm(vector: Tensor) -> Tensor:

@@ -153,13 +153,33 @@ def test_nan_is_passed_on():
     assert operator.matmul(x).isnan().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("dim", DIMS)
+def test_subtraction_in_place(dim, rank, dtype):
+    """A vector less a combination of columns, its norm, and its projection by the same read."""
+    root, _, x, _ = problem(dim, rank, dtype)
+    z = torch.randn(rank, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    left, version = x.clone(), x._version
+    sums = compiled.subtract_(root, left, z, project=True)
+    assert_close(left, x.double() - root.double() @ z, dtype, cond=10.0)
+    expected = torch.cat((root.double().mT @ left.double(), left.double().square().sum()[None]))
+    assert_close(sums, expected, dtype, cond=4.0)
+    again = x.clone()
+    norm = compiled.subtract_(root, again, z, project=False)
+    assert torch.equal(again, left) and norm[-1] == sums[-1] and (norm[:-1] == 0).all()
+    assert again._version > version
+
+
 def test_threads_do_not_change_a_sum(monkeypatch):
     root, diag, x, mean = problem(200_000, 7, torch.float32)
     results = []
     for threads in (1, 2, 5):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         products, sums = compiled.gram(root, diag, torch.float32, x, mean)
-        results.append(torch.cat((products.flatten(), sums, compiled.project(root, diag, x, mean, torch.float32))))
+        left = x.clone()
+        found = (sums, compiled.project(root, diag, x, mean, torch.float32), left)
+        results.append(torch.cat((products.flatten(), compiled.subtract_(root, left, sums[:-1], True), *found)))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
