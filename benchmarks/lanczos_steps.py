@@ -138,7 +138,7 @@ def measure_peak(contender: str, size: StepSize) -> dict[str, Any]:
     """Return the peak of one run above its inputs; runs in a process of its own."""
     way = next(way for way in contenders(peer=True) if way.name == contender)
     least = size.top + size.bottom + 1
-    way.prepare(StepProblem(replace(size, dim=8192, steps=max(min(size.steps, 40), least))))()
+    way.prepare(StepProblem(replace(size, dim=32_768, steps=max(min(size.steps, 40), least))))()
     problem = StepProblem(size)
     call, seconds = way.prepare(problem), 0.0
 
