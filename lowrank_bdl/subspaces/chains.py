@@ -44,8 +44,19 @@ class CountedTarget:
 
     def log_likelihood(self, z: Tensor) -> Tensor:
         """Return log-likelihoods of ``(S, k)`` coordinates, shape ``(S,)``, float64."""
+        return self._counted(z, self._target.log_likelihood(z))
+
+    def log_likelihood_above(self, z: Tensor, thresholds: Tensor) -> Tensor:
+        """Return log-likelihoods of ``(S, k)`` coordinates, where above ``(S,)`` thresholds; else what is not above.
+
+        A target may save work by a method of this name: the likelihood need not be computed to its end.
+        """
+        shortcut = getattr(self._target, "log_likelihood_above", None)
+        found = shortcut(z, thresholds) if callable(shortcut) else self._target.log_likelihood(z)
+        return self._counted(z, found).detach()
+
+    def _counted(self, z: Tensor, values: Tensor) -> Tensor:
         self.num_evaluations += len(z)
-        values = self._target.log_likelihood(z)
         if values.shape != z.shape[:1]:
             raise ShapeError(f"log_likelihood must give {(len(z),)} of z {tuple(z.shape)}; got {tuple(values.shape)}.")
         return values.double()

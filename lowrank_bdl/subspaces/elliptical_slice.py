@@ -36,7 +36,7 @@ class EllipticalSlice(Kernel):
             return z[active] * turn.cos() + direction[active] * turn.sin()  # 4
 
         def evaluate(active: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
-            values = target.log_likelihood(at(active, angles)).detach()
+            values = target.log_likelihood_above(at(active, angles), threshold[active])
             return values, values
 
         found = shrink(evaluate, threshold, angle, torch.zeros_like(angle), angle - 2 * math.pi, angle, stream)
@@ -94,7 +94,8 @@ def elliptical_slice(
         NonFiniteError: If the log-likelihood is not finite at the start.
         CheckpointError: If the file is damaged, of other settings, or of another log-likelihood.
 
-    Cost: proposals, 1 + O(log of how much the data say) a step and chain, each one likelihood evaluation.
+    Cost: proposals, 1 + O(log of how much the data say) a step and chain, each one likelihood evaluation; of a
+    categorical likelihood, one that is refused ends where it falls below the slice, mostly within the first batches.
 
     Source: Murray, Adams and MacKay, "Elliptical slice sampling" (AISTATS 2010), figure 2; for subspaces Izmailov et
     al. (2019), section 3.3.

@@ -1,7 +1,7 @@
 """The log-joint of data and subspace coordinates: a tempered likelihood and a Gaussian prior."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -23,7 +23,12 @@ from lowrank_bdl.errors import LowRankBDLError, ShapeError
 from lowrank_bdl.parameters.batch_norm import recalibrate_batch_norm
 from lowrank_bdl.parameters.functional import CallFn, FunctionalModel, is_plain_perceptron
 from lowrank_bdl.parameters.layout import ParameterLayout
-from lowrank_bdl.parameters.likelihoods import Likelihood, align_targets, resolve_likelihood
+from lowrank_bdl.parameters.likelihoods import (
+    CategoricalLikelihood,
+    Likelihood,
+    align_targets,
+    resolve_likelihood,
+)
 
 _MOST_PRODUCTS = 3_000_000  # a network and batch; evaluating together gains nothing above it, measured for predict
 _NUMBERS_AT_ONCE = 1 << 22  # of the widest layer, over all networks that are evaluated together
@@ -143,7 +148,7 @@ class LogJoint:
         subspace: As given.
         temperature: As given.
         prior_std: As given.
-        num_evaluations: How many z the data were read for so far.
+        num_evaluations: How many z the data, or the first of them, were read for so far.
 
     Raises:
         ShapeError: If subspace and model do not fit, or the data are no batches ``(x, y)``.
@@ -277,6 +282,38 @@ class LogJoint:
         values = self._over(z.unsqueeze(0) if z.ndim == 1 else z, self._data, keep=True)
         return values[0] if z.ndim == 1 else values
 
+    def log_likelihood_above(self, z: Tensor, thresholds: Tensor) -> Tensor:
+        """Return the log-likelihood where it is above a threshold, as slice samplers want it; no gradients.
+
+        Classes have log-probabilities of at most 0, so that a sum over some of the data bounds the whole from above:
+        once that is not above the threshold, the rest of the data is not read. Values above it are those of
+        :meth:`log_likelihood`, to the last bit where networks are evaluated one by one. Of other likelihoods all is
+        read.
+
+        Args:
+            z: Shape ``(S, k)``.
+            thresholds: Shape ``(S,)`` [nat], of the tempered log-likelihood.
+
+        Returns:
+            Shape ``(S,)``, float64, on z's device [nat]; an upper bound, not above the threshold, where reading ended.
+
+        Raises:
+            ShapeError: As for the call, and if there is not a threshold for each z.
+
+        Cost: a pass over the data, or its first batches only: the less, the worse z is.
+        """
+        self._check(z)
+        if thresholds.shape != z.shape[:1] or z.ndim != 2:
+            raise ShapeError(
+                f"thresholds must be one for each of (S, {self.rank}) z; "
+                f"got {tuple(thresholds.shape)} and {tuple(z.shape)}."
+            )
+        with torch.no_grad():
+            if not isinstance(self._likelihood, CategoricalLikelihood):
+                return self._over(z, self._data, keep=True)
+            device = self._network.stateless.device
+            return self._over(z, self._data, keep=False, thresholds=thresholds.to(device or z.device))
+
     def estimate_log_likelihood(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return an unbiased estimate of :meth:`log_likelihood` from one batch: M times its own, of M batches.
 
@@ -309,8 +346,8 @@ class LogJoint:
                 f"z must be floating-point of shape ({self.rank},) or (S, {self.rank}); got {z.dtype} {tuple(z.shape)}."
             )
 
-    def _over(self, z: Tensor, batches: Iterable[Any], keep: bool) -> Tensor:
-        """Tempered log-likelihoods ``(S,)`` of some batches; a sum over all data is kept."""
+    def _over(self, z: Tensor, batches: Iterable[Any], keep: bool, thresholds: "Tensor | None" = None) -> Tensor:
+        """Tempered log-likelihoods ``(S,)`` of some batches, or bounds below thresholds; a sum over all is kept."""
         needs_gradient = torch.is_grad_enabled() and z.requires_grad
         size = max(self.rank, _WEIGHTS_AT_ONCE // self._network.layout.numel, 1)
         origin = self.subspace.origin
@@ -324,22 +361,29 @@ class LogJoint:
                 result: Tensor = _WithGradient.apply(thetas, values, gradients)
                 return result.to(z.device) / self.temperature
         found, slopes = [], []
-        for part in z.split(size):
+        for start in range(0, len(z), size):
+            part = z[start : start + size]
+            limits = None if thresholds is None else thresholds[start : start + size]
             thetas = self.subspace.to_theta(part.to(origin))
-            values, gradients = self._evaluate(thetas.detach(), batches, needs_gradient)
+            values, gradients = self._evaluate(thetas.detach(), batches, needs_gradient, limits)
             if gradients is not None:
                 slopes.append(gradients)
                 values = _WithGradient.apply(thetas, values, gradients)
             found.append(values)
-            if keep:
+            if keep or limits is not None:
                 self.num_evaluations += len(part)
         total = torch.cat(found) if found else z.new_zeros(0, dtype=torch.float64)
         if keep and len(z) <= size:
             self._kept = (z.detach().clone(), total.detach(), slopes[0] if slopes else None)
         return total.to(z.device) / self.temperature
 
-    def _evaluate(self, thetas: Tensor, batches: Iterable[Any], needs_gradient: bool) -> "tuple[Tensor, Tensor | None]":
-        """Log-likelihoods ``(S,)`` and their gradients ``(S, D)`` by one pass over the batches."""
+    def _evaluate(
+        self, thetas: Tensor, batches: Iterable[Any], needs_gradient: bool, limits: "Tensor | None"
+    ) -> "tuple[Tensor, Tensor | None]":
+        """Log-likelihoods ``(S,)`` and their gradients ``(S, D)`` by one pass over the batches.
+
+        With tempered limits ``(S,)``, those that fall to theirs are left where they are.
+        """
         model, device = self._network.stateless.model, self._network.stateless.device
         buffers: Mapping[str, Tensor] = {}
         if self._bn_loader is not None:
@@ -354,14 +398,13 @@ class LogJoint:
         totals = torch.zeros(len(thetas), dtype=torch.float64, device=device or thetas.device)
         gradients = torch.zeros_like(thetas) if needs_gradient else None
         num_data = num_batches = 0
+        going = list(range(len(thetas)))
         bar = tqdm(batches, "log-likelihood", unit="batch", leave=False, disable=not self._progress)
         with batch_norm_mode(model, self._bn_mode), torch.set_grad_enabled(needs_gradient):
             for batch in bar:
                 inputs, targets, size = split_batch(batch, device)
                 num_data, num_batches = num_data + size, num_batches + 1
-                chunk = self._chunk(len(thetas), size)
-                for start in range(0, len(thetas), chunk):
-                    rows = slice(start, start + chunk)
+                for rows in _row_groups(going, self._chunk(len(going), size)):
                     leaves = thetas[rows].detach()
                     leaves.requires_grad_(needs_gradient)
                     own = {name: value[rows] for name, value in buffers.items()}
@@ -370,9 +413,14 @@ class LogJoint:
                     if gradients is not None:
                         (slope,) = torch.autograd.grad(values.sum(), leaves)
                         gradients[rows] += slope
+                if limits is not None:
+                    above = (totals / self.temperature > limits).tolist()
+                    going = [row for row in going if above[row]]
+                    if not going:
+                        break
         if num_batches == 0:
             raise ShapeError("data must give at least one batch; got none.")
-        if batches is self._data:
+        if batches is self._data and going:
             self._num_data = num_data
         return totals, gradients
 
@@ -409,6 +457,14 @@ class LogJoint:
         assert self._likelihood is not None
         distribution = self._likelihood(outputs)
         return distribution.log_prob(align_targets(distribution, targets)).double().sum()
+
+
+def _row_groups(rows: Sequence[int], size: int) -> Iterator["slice | list[int]"]:
+    """Cut rows into groups, each a slice where it can be one: rows of large matrices are not copied."""
+    for start in range(0, len(rows), size):
+        group = list(rows[start : start + size])
+        together = group[-1] - group[0] == len(group) - 1
+        yield slice(group[0], group[-1] + 1) if together else group
 
 
 def _got(likelihood: object, loss_fn: "Callable[..., Any] | None") -> str:

@@ -201,6 +201,69 @@ class TestWork:
             assert len(passes) == 1
             assert_close(values, torch.stack([log_joint(row) for row in z]))
 
+    @pytest.mark.parametrize("vectorize", [False, True])
+    def test_reading_ends_below_a_threshold(self, vectorize: bool, generator: torch.Generator) -> None:
+        net, (x, y), z = classifier(generator), data(generator, 60), points(generator, 4)
+        space = subspace_of(net, generator)
+        batches = list(zip(x.split(10), y.split(10), strict=True))
+        read: list[int] = []
+
+        def call(model: nn.Module, batch: Any) -> Tensor:
+            read.append(1)
+            return model(batch[0])
+
+        log_joint = LogJoint(
+            space, net, "categorical", batches, temperature=3.0, call_fn=call, vectorize=vectorize, chunk_size=4
+        )
+        whole = log_joint.log_likelihood(z)
+        read.clear()
+        below, above = whole - 1e-9, whole + 1e-9
+        torch.testing.assert_close(
+            log_joint.log_likelihood_above(z, below), whole, rtol=0 if not vectorize else 1e-12, atol=0
+        )
+        assert log_joint.num_evaluations == 8 and len(read) == (6 if vectorize else 24)
+        found = log_joint.log_likelihood_above(z, above)
+        assert bool(((found >= whole - 1e-12) & (found <= above)).all())
+        read.clear()
+        mixed = log_joint.log_likelihood_above(z, torch.stack([below[0], whole[1] / 6, below[2], whole[3] / 1000]))
+        assert_close(mixed[[0, 2]], whole[[0, 2]])
+        assert whole[1] < mixed[1] <= whole[1] / 6 and whole[3] < mixed[3] <= whole[3] / 1000
+        if not vectorize:
+            assert 6 + 6 + 2 <= len(read) < 24
+        read.clear()
+        log_joint.log_likelihood_above(z, torch.full((4,), -1e-9))
+        assert len(read) == (1 if vectorize else 4)  # one batch tells
+
+    def test_a_threshold_is_of_no_use_where_densities_have_no_bound(self, generator: torch.Generator) -> None:
+        log_joint, _ = linear_model(generator)
+        z = points(generator, 2).to(log_joint.subspace.origin)[:, : log_joint.rank]
+        assert torch.equal(log_joint.log_likelihood_above(z, torch.zeros(2)), log_joint.log_likelihood(z))
+        with pytest.raises(ShapeError, match=r"thresholds must be one for each of \(S, \d+\) z; got \(3,\) and"):
+            log_joint.log_likelihood_above(z, torch.zeros(3))
+
+    def test_elliptical_slices_are_the_same_with_and_without_thresholds(self, generator: torch.Generator) -> None:
+        net, (x, y) = classifier(generator), data(generator, 60)
+        space = subspace_of(net, generator, 2.0)
+        batches = list(zip(x.split(10), y.split(10), strict=True))
+        read: list[int] = []
+
+        def call(model: nn.Module, batch: Any) -> Tensor:
+            read.append(1)
+            return model(batch[0])
+
+        class Whole(LogJoint):
+            log_likelihood_above = None  # type: ignore[assignment]
+
+        draws, calls = [], []
+        for kind in (LogJoint, Whole):
+            read.clear()
+            target = kind(space, net, "categorical", batches, call_fn=call)
+            draws.append(elliptical_slice(target, 30, num_chains=3, generator=torch.Generator().manual_seed(2)))
+            calls.append(len(read))
+        assert torch.equal(draws[0].draws, draws[1].draws) and torch.equal(draws[0].log_joints, draws[1].log_joints)
+        assert draws[0].num_evaluations == draws[1].num_evaluations
+        assert calls[0] < 0.8 * calls[1]
+
     def test_estimates_are_unbiased_over_the_batches(self, generator: torch.Generator) -> None:
         net, (x, y), z = classifier(generator), data(generator), points(generator, 1)[0]
         subspace = subspace_of(net, generator)
