@@ -13,11 +13,11 @@ from lowrank_bdl.parameters.batch_norm import recalibrate_batch_norm
 from lowrank_bdl.parameters.functional import CallFn, FunctionalModel, evaluation_mode, to_device
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.likelihoods import Likelihood, resolve_likelihood
+from lowrank_bdl.parameters.sampled_network import SampledNetwork
 from lowrank_bdl.prediction.averaging import BatchAverage, Parts, join
 from lowrank_bdl.prediction.draws import SamplesWeights, require_samples, weight_vectors
 from lowrank_bdl.prediction.dropout import DropoutMasks
 from lowrank_bdl.prediction.predictive import Predictive
-from lowrank_bdl.prediction.sampled_network import SampledNetwork
 
 _TARGET_KEYS = ("labels", "label", "targets", "target")
 

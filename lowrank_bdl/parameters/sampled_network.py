@@ -1,9 +1,9 @@
 """One network under many weight vectors: one after another, or several at once where that is faster."""
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,6 @@ from torch.utils import _pytree as pytree
 
 from lowrank_bdl.errors import LowRankBDLError
 from lowrank_bdl.parameters.functional import FunctionalModel, is_plain_perceptron
-from lowrank_bdl.prediction.dropout import DropoutMasks
 
 # Measured on one thread of a CPU by benchmarks/predict_vectorized.py. Below this many products a network and batch,
 # starting the operations costs more than they do, which is all that evaluating networks together saves; above it, and
@@ -19,6 +18,13 @@ from lowrank_bdl.prediction.dropout import DropoutMasks
 _MOST_PRODUCTS = 3_000_000
 _CACHE_BYTES = 2 << 20  # networks whose largest layer fits in here together are evaluated at once on a CPU
 _DEVICE_BYTES = 256 << 20  # likewise elsewhere, where launches are what is saved; not measured
+
+
+class Masks(Protocol):
+    """What keeps a network random in evaluation: dropout masks that depend on the sample and the batch."""
+
+    def drawn(self, *, sample: int, batch: int) -> AbstractContextManager[None]:
+        """Return a context in which the network's masks are those of a sample and a batch."""
 
 
 class _Work:
@@ -66,7 +72,7 @@ class SampledNetwork:
         network: FunctionalModel,
         weights: Collection[Tensor],
         *,
-        masks: DropoutMasks | None = None,
+        masks: Masks | None = None,
         vectorize: "bool | str" = False,
         chunk_size: int | None = None,
         plain: bool = True,
