@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lowrank_bdl.surfaces.surface_model import SurfaceModel
 from lowrank_bdl.training.variational import MeanFieldModel
 
 Loss: TypeAlias = Callable[[nn.Module, Any, Any], tuple[Tensor, Any]]
@@ -15,6 +16,14 @@ Loss: TypeAlias = Callable[[nn.Module, Any, Any], tuple[Tensor, Any]]
 
 Metric: TypeAlias = Callable[[Any, Any], Tensor]
 """``metric(output, targets)``: mean over the batch, a 0-d tensor."""
+
+
+@runtime_checkable
+class HasVolume(Protocol):
+    """A surface that can be kept from collapsing."""
+
+    def log_volume(self) -> Tensor:
+        """Return the logarithm of its volume, ``()``, differentiably."""
 
 
 def cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,3 +269,76 @@ class ELBO:
         value = torch.stack([each for each, _ in found]).mean()
         penalty = model.kl(self.prior_std) * (self.temperature / self.num_data)
         return value + penalty.to(value), found[-1][1]
+
+
+@dataclass(frozen=True)
+class SurfaceLoss:
+    r"""The loss of a network on a curve or simplex of weights, by draws from it.
+
+    .. math:: \frac1S \sum_{s=1}^S \left[ \ell(\theta_s) + \tfrac{\lambda}{2} \lVert \theta_s \rVert^2 \right]
+        - \mu \log V
+
+    with :math:`\theta_s` drawn from the surface and :math:`V` its volume. The penalty is on the weights that are drawn:
+    leave the optimizer's own weight decay, which would act on the points, at 0.
+
+    Args:
+        loss: Mean loss of a batch [nat].
+        weight_decay: λ >= 0, of all weights on the surface [1/parameter²].
+        volume: μ >= 0 [nat]; more than 0 needs a surface with a ``log_volume``.
+        num_samples: S >= 1, draws of the weights a batch.
+
+    Raises:
+        ValueError: If a value is out of range.
+
+    Cost: S forward passes, whose activations are kept until the backward pass, and O(S D).
+
+    Source: Garipov et al., "Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs" (2018), eq. 2 (curves, S =
+    1); Benton et al., "Loss Surface Simplexes for Mode Connecting Volumes and Fast Ensembling" (2021), eq. 3.
+
+    Example:
+        >>> from lowrank_bdl.surfaces.curves import PolygonalChain
+        >>> net = SurfaceModel(nn.Linear(1, 2, bias=False), PolygonalChain(torch.ones(2, 2)))
+        >>> x, y = torch.ones(1, 1), torch.tensor([0])
+        >>> round(SurfaceLoss(cross_entropy, weight_decay=0.5)(net, x, y)[0].item(), 4)  # log 2 + 0.25 (1 + 1)
+        1.1931
+    """
+
+    loss: Loss
+    weight_decay: float = 0.0
+    volume: float = 0.0
+    num_samples: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("weight_decay", "volume"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be at least 0 and finite; got {getattr(self, name)}.")
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1; got {self.num_samples}.")
+
+    def __call__(self, model: nn.Module, inputs: Any, targets: Any) -> tuple[Tensor, Any]:
+        """Return the loss ``()`` [nat per example], and the output of the last draw.
+
+        Args:
+            model: The network on its surface; in evaluation mode the draw is the middle.
+            inputs: As ``loss`` takes them.
+            targets: As ``loss`` takes them.
+
+        Raises:
+            TypeError: If the model is of another class, or there is no volume to weigh.
+        """
+        if not isinstance(model, SurfaceModel):
+            raise TypeError(f"SurfaceLoss needs a SurfaceModel; got {type(model).__name__}.")
+        terms, output = [], None
+        for _ in range(self.num_samples):
+            theta = model.draw() if model.training else model.surface.center_theta()
+            with model.at(theta):
+                value, output = self.loss(model, inputs, targets)
+            norm = theta.square().sum() if self.weight_decay else theta.new_zeros(())
+            terms.append(value + (0.5 * self.weight_decay * norm).to(value))
+        mean = torch.stack(terms).mean()
+        if not self.volume:
+            return mean, output
+        if not isinstance(model.surface, HasVolume):
+            found = type(model.surface).__name__
+            raise TypeError(f"volume = {self.volume} needs a surface with a log_volume; {found} has none.")
+        return mean - self.volume * model.surface.log_volume().to(mean), output
