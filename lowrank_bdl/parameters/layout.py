@@ -330,14 +330,15 @@ class ParameterLayout:
         Raises:
             ShapeError: If the last axis is not D.
 
-        Cost: O(P); O(S·D) for those that are cast.
+        Cost: O(P); O(S·D) for those that are cast. The gradient is put together in one pass over θ.
         """
         if theta.ndim == 0 or theta.shape[-1] != self.numel:
             raise ShapeError(f"theta must have shape (*S, {self.numel}); got {tuple(theta.shape)}.")
         batch = theta.shape[:-1]
+        parts = theta.split(self.sizes, -1)  # its gradient is one concatenation; that of P slices is P vectors of D
         return {
-            name: theta[..., where].view((*batch, *shape)).to(dtype)
-            for (name, where), shape, dtype in zip(self.slices.items(), self.shapes, self.dtypes, strict=True)
+            name: part.view((*batch, *shape)).to(dtype)
+            for name, part, shape, dtype in zip(self.names, parts, self.shapes, self.dtypes, strict=True)
         }
 
     @torch.no_grad()
