@@ -10,81 +10,23 @@ that is the posterior under the prior N(0, I / (N λ)).
 """
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, overload
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-_BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "lr": (lambda value: 0 <= value < math.inf, "at least 0 and finite"),
-    "num_data": (lambda value: 1 <= value < math.inf, "at least 1"),
-    "temperature": (lambda value: 0 <= value < math.inf, "at least 0 and finite"),
-    "weight_decay": (lambda value: 0 <= value < math.inf, "at least 0 and finite"),
-    "momentum": (lambda value: 0 <= value < 1, "in [0, 1)"),
-}
+from lowrank_bdl.training.checked_optimizer import SGD_BOUNDS, Bound, CheckedOptimizer
 
 
-class _Langevin(Optimizer):
-    """What both share: checked groups, gradients with weight decay, noise, a generator that is part of the state."""
+class _Langevin(CheckedOptimizer):
+    """What both share: noise of the variance that a step and its friction need."""
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], generator: torch.Generator | None) -> None:
-        self.generator = generator
-        super().__init__(params, defaults)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with values of their own, checked as those of the constructor are.
-
-        Args:
-            param_group: ``{"params": ..., "lr": ..., ...}``.
-
-        Raises:
-            ValueError: Names what is out of range.
-        """
-        for name in self.defaults:
-            value = param_group.get(name, self.defaults[name])
-            inside, bounds = _BOUNDS[name]
-            if not inside(float(value)):
-                raise ValueError(f"{name} must be {bounds}; got {value}.")
-        super().add_param_group(param_group)
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step; parameters without a gradient stay where they are.
-
-        Args:
-            closure: Evaluates the loss anew and returns it.
-
-        Returns:
-            What ``closure`` returned, or None.
-
-        Raises:
-            TypeError: If a gradient is sparse.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                if parameter.grad.is_sparse:
-                    raise TypeError(f"{type(self).__name__} needs dense gradients; got a sparse one.")
-                decay = group["weight_decay"]
-                gradient = parameter.grad.add(parameter, alpha=decay) if decay else parameter.grad
-                self._move(parameter, gradient, group)
-        return loss
-
-    def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        raise NotImplementedError
+    bounds: ClassVar[dict[str, Bound]] = {
+        **SGD_BOUNDS,
+        "num_data": (lambda value: 1 <= value < math.inf, "at least 1"),
+        "temperature": (lambda value: 0 <= value < math.inf, "at least 0 and finite"),
+    }
 
     def _add_noise_(self, target: Tensor, group: dict[str, Any], friction: float) -> None:
         """Add normals of variance 2 · friction · lr · T / N."""
@@ -92,29 +34,6 @@ class _Langevin(Optimizer):
         if variance:
             noise = torch.empty_like(target).normal_(generator=self.generator)
             target.add_(noise, alpha=math.sqrt(variance))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state, that of the generator included, so that a resumed chain draws what the whole one drew."""
-        state = super().state_dict()
-        if self.generator is not None:
-            state["generator"] = self.generator.get_state()
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state.
-
-        Args:
-            state_dict: What :meth:`state_dict` returned.
-
-        Raises:
-            ValueError: If the groups differ, or one of the two has a generator of its own and the other has not.
-        """
-        if ("generator" in state_dict) != (self.generator is not None):
-            having = ("the state", "the optimizer") if self.generator is None else ("the optimizer", "the state")
-            raise ValueError(f"{having[0]} has a generator of its own and {having[1]} has not.")
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "generator"})
-        if self.generator is not None:
-            self.generator.set_state(state_dict["generator"].to("cpu"))  # where states live, whatever the device
 
 
 class SGLD(_Langevin):

@@ -1,0 +1,181 @@
+"""Training with numbers of few bits: SGD whose weights, gradients and momentum are block floating point."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_bdl.training.checked_optimizer import SGD_BOUNDS, Bound, CheckedOptimizer
+from lowrank_bdl.training.quantization import Rounding, block_floating_point, require_bits
+
+Blocks: TypeAlias = Literal["tensor", "channel"]
+
+_BITS: Bound = (lambda value: value is None or (isinstance(value, int) and 2 <= value <= 24), "from 2 to 24, or None")
+
+
+def _block_dim(tensor: Tensor, blocks: Blocks) -> int | None:
+    """The axis of a weight whose slices are blocks; biases and scales are one block each."""
+    return 0 if blocks == "channel" and tensor.ndim > 1 else None
+
+
+class LowPrecisionSGD(CheckedOptimizer):
+    r"""SGD with momentum whose weights, gradients and accumulators are held in block floating point.
+
+    .. math::
+        v \leftarrow Q_m(\mu v + Q_g(g + \lambda \theta)), \qquad \theta \leftarrow Q_w(\theta - \eta v)
+
+    each Q :func:`~lowrank_bdl.training.quantization.block_floating_point`, rounded at random so that steps below the
+    weights' resolution are taken on average. Averages of the iterates, taken in full precision
+    (``torch.optim.swa_utils.AveragedModel``, :class:`lowrank_bdl.SWAG`), are finer than any iterate: that is SWALP.
+
+    Tensors keep their dtype and hold values that the format has, from the first step on. Networks' outputs and what
+    flows back are rounded too inside :func:`low_precision_activations`.
+
+    Args:
+        params: Parameters, or groups of them with values of their own.
+        lr: η >= 0.
+        momentum: μ in [0, 1).
+        weight_decay: λ >= 0.
+        weight_bits: Of θ, from 2 to 24; None: not rounded.
+        gradient_bits: Of g.
+        momentum_bits: Of v.
+        blocks: ``"tensor"``: an exponent for each tensor; ``"channel"``: one for each slice along a weight's first
+            axis.
+        rounding: ``"stochastic"`` or ``"nearest"``.
+        generator: Source of the rounding, on the parameters' device; None takes torch's default generator, whose state
+            a :class:`~lowrank_bdl.training.trainer.Trainer` keeps in its checkpoints.
+
+    Raises:
+        ValueError: If a value is out of range.
+        NonFiniteError: In ``step``, if a gradient is not finite.
+
+    Cost: three roundings a parameter and step, each two reads, a write and a uniform number; one velocity a parameter.
+
+    Source: Yang et al., "SWALP: Stochastic Weight Averaging in Low-Precision Training" (ICML 2019), algorithm 2; there
+    v is rounded where it is read, here where it is written, which is the same sequence.
+
+    Example:
+        >>> theta = torch.tensor([0.75, -0.5], requires_grad=True)
+        >>> sgd = LowPrecisionSGD([theta], lr=0.1, weight_bits=4, rounding="nearest")
+        >>> theta.square().sum().backward()
+        >>> sgd.step()
+        >>> theta  # .6 and -.4, in steps of 2^(-1 - 2)
+        tensor([ 0.6250, -0.3750], requires_grad=True)
+    """
+
+    bounds: ClassVar[dict[str, Bound]] = {
+        **SGD_BOUNDS,
+        **dict.fromkeys(("weight_bits", "gradient_bits", "momentum_bits"), _BITS),
+        "blocks": (lambda value: value in ("tensor", "channel"), "'tensor' or 'channel'"),
+        "rounding": (lambda value: value in ("stochastic", "nearest"), "'stochastic' or 'nearest'"),
+    }
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        *,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        weight_bits: int | None = 8,
+        gradient_bits: int | None = 8,
+        momentum_bits: int | None = 8,
+        blocks: Blocks = "tensor",
+        rounding: Rounding = "stochastic",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                momentum=momentum,
+                weight_decay=weight_decay,
+                weight_bits=weight_bits,
+                gradient_bits=gradient_bits,
+                momentum_bits=momentum_bits,
+                blocks=blocks,
+                rounding=rounding,
+            ),
+            generator,
+        )
+
+    def _round(self, values: Tensor, bits: int | None, group: dict[str, Any]) -> Tensor:
+        if bits is None:
+            return values
+        dim = _block_dim(values, group["blocks"])
+        return block_floating_point(values, bits, block_dim=dim, rounding=group["rounding"], generator=self.generator)
+
+    def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        velocity = self._round(gradient, group["gradient_bits"], group)
+        if group["momentum"]:
+            state = self.state[parameter]
+            if state:
+                velocity = velocity.add(state["momentum_buffer"], alpha=group["momentum"])
+            velocity = state["momentum_buffer"] = self._round(velocity, group["momentum_bits"], group).clone()
+        moved = parameter.sub(velocity, alpha=float(group["lr"]))
+        parameter.copy_(self._round(moved, group["weight_bits"], group))
+
+
+class _RoundBothWays(torch.autograd.Function):
+    """A tensor in block floating point, and its gradient as well."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, bits: int, rounding: Rounding, generator: "torch.Generator | None") -> Tensor:
+        ctx.settings = bits, rounding, generator
+        return block_floating_point(values, bits, rounding=rounding, generator=generator)
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None, None]:
+        bits, rounding, generator = ctx.settings
+        return block_floating_point(outer, bits, rounding=rounding, generator=generator), None, None, None
+
+
+@contextmanager
+def low_precision_activations(
+    model: nn.Module,
+    bits: int = 8,
+    *,
+    rounding: Rounding = "stochastic",
+    generator: torch.Generator | None = None,
+) -> Iterator[None]:
+    """Inside the block, outputs of a network's layers and the errors that flow back are block floating point.
+
+    Layers are the modules without children. Their outputs are rounded in training mode alone, with one exponent a
+    tensor, so that evaluation is exact.
+
+    Args:
+        model: Not changed, but for hooks while the block lasts.
+        bits: Of a number, from 2 to 24.
+        rounding: ``"stochastic"`` or ``"nearest"``.
+        generator: Source of the rounding, on the model's device; None takes torch's default generator.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: If ``bits`` or ``rounding`` is out of range.
+
+    Source: Yang et al. (2019), algorithm 2: Q_A and Q_E.
+
+    Example:
+        >>> net = nn.Linear(1, 1, bias=False)
+        >>> _ = nn.init.constant_(net.weight, 0.9)
+        >>> with low_precision_activations(net, 3, rounding="nearest"):
+        ...     net(torch.ones(1, 1)), net.eval()(torch.ones(1, 1))
+        (tensor([[0.7500]], grad_fn=<_RoundBothWaysBackward>), tensor([[0.9000]], grad_fn=<MmBackward0>))
+    """
+    require_bits(bits)
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+        rounds = module.training and isinstance(output, Tensor) and output.is_floating_point()
+        return _RoundBothWays.apply(output, bits, rounding, generator) if rounds else None
+
+    layers = [module for module in model.modules() if not any(module.children())]
+    handles = [layer.register_forward_hook(hook) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
