@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from lowrank_bdl.errors import CheckpointError, NonFiniteError, ShapeError
+from lowrank_bdl.linalg.dense_basis import DenseBasis
 from lowrank_bdl.linalg.eigen import eigh_psd
 from lowrank_bdl.linalg.files import read_tensors, write_tensors
 from lowrank_bdl.linalg.hadamard import RandomizedHadamardLinearOperator
 from lowrank_bdl.linalg.moments import first_unusable
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.posteriors.storage import layout_difference, required
-from lowrank_bdl.subspaces.bases import DenseBasis
 
 KIND = "subspace"
 """What a file of a subspace is said to hold."""
