@@ -63,6 +63,19 @@ def test_unflatten_is_differentiable():
     assert theta.grad.tolist() == [0.0] * 6 + [1.0] * 2
 
 
+def test_the_gradient_of_unflatten_costs_one_pass_whatever_the_number_of_parameters():
+    layout = ParameterLayout.from_module(nn.Sequential(*(nn.Linear(3, 2) for _ in range(40))))
+    theta = torch.ones(layout.numel, requires_grad=True)
+    parts = layout.unflatten(theta)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        sum(part.sum() for part in parts.values()).backward()
+    allocated = sum(
+        e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]" and e.nbytes() > 0
+    )
+    assert allocated < 4 * 4 * layout.numel  # 80 vectors of D otherwise
+    assert bool((theta.grad == 1).all())
+
+
 @pytest.mark.parametrize(
     "dtypes,expected",
     [
