@@ -305,8 +305,8 @@ class BezierCurve(Curve, kind="Bezier curve"):
     r"""The curve :math:`\theta(t) = \sum_j \binom{n-1}{j} t^j (1 - t)^{n-1-j} w_j`.
 
     It passes through its first and last point alone. With n = 3 it is the published curve with one bend,
-    :math:`(1-t)^2 w_0 + 2 t (1-t) w_1 + t^2 w_2`. See :class:`Curve` for arguments, attributes and errors; train it in a
-    :class:`~lowrank_bdl.surfaces.surface_model.SurfaceModel`.
+    :math:`(1-t)^2 w_0 + 2 t (1-t) w_1 + t^2 w_2`. See :class:`Curve` for arguments, attributes and errors; train it in
+    a :class:`~lowrank_bdl.surfaces.surface_model.SurfaceModel`.
 
     Source: Garipov et al., "Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs" (2018), section 3.3.
 
@@ -371,9 +371,10 @@ class PolygonalChain(Curve, kind="polygonal chain"):
 
 
 def _in_unit_interval(t: "Tensor | float") -> Tensor:
-    found = torch.as_tensor(t).double()
-    if not bool(((found >= 0) & (found <= 1)).all()):
-        raise ValueError(f"t must be in [0, 1]; got {found[~((found >= 0) & (found <= 1))][0].item()}.")
+    found = t.double() if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
+    inside = (found >= 0) & (found <= 1)
+    if not bool(inside.all()):
+        raise ValueError(f"t must be in [0, 1]; got {found[~inside][0].item()}.")
     return found
 
 

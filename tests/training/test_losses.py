@@ -6,7 +6,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy as ce
 from torch.nn.functional import mse_loss
 
-from lowrank_bdl.training.losses import AdversarialCrossEntropy, GaussianPrior, accuracy, cross_entropy, of_output
+from lowrank_bdl.parameters.layout import ParameterLayout
+from lowrank_bdl.surfaces.curves import BezierCurve
+from lowrank_bdl.surfaces.surface_model import SurfaceModel
+from lowrank_bdl.training.losses import (
+    AdversarialCrossEntropy,
+    GaussianPrior,
+    SurfaceLoss,
+    accuracy,
+    cross_entropy,
+    of_output,
+)
 
 
 @pytest.fixture
@@ -104,3 +114,86 @@ def test_bad_arguments_are_refused() -> None:
         GaussianPrior(cross_entropy, 0, 10)
     with pytest.raises(ValueError, match="num_data must be at least 1; got 0"):
         GaussianPrior(cross_entropy, 1.0, 0)
+
+
+# ---- surfaces --------------------------------------------------------------------------------------------------------
+
+
+class CurveWithLength(BezierCurve, kind="test curve"):
+    """A surface whose volume is the distance of its ends from the bend."""
+
+    def log_volume(self) -> Tensor:
+        return (self.point_1 - self.point_0).norm().log()
+
+
+def on_curve(net: nn.Module, cls: type[BezierCurve] = BezierCurve, spread: float = 1.0) -> SurfaceModel:
+    layout = ParameterLayout.from_module(net)
+    noise = torch.randn(3, layout.numel, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    curve = cls(layout.flatten(net) + spread * noise, layout)
+    return SurfaceModel(net, curve, generator=torch.Generator().manual_seed(5))
+
+
+def test_surface_loss_is_the_mean_over_draws_of_loss_and_penalty(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    surface = on_curve(net)
+    value, output = SurfaceLoss(cross_entropy, weight_decay=0.3, num_samples=3)(surface, *batch)
+    surface.generator.manual_seed(5)
+    terms = []
+    for _ in range(3):
+        theta = surface.draw()
+        logits = torch.func.functional_call(net, surface.layout.unflatten(theta), (batch[0],))
+        terms.append(ce(logits, batch[1]) + 0.15 * theta.dot(theta))
+    torch.testing.assert_close(value, torch.stack(terms).mean(), rtol=1e-12, atol=0)
+    assert torch.equal(output, logits)
+    (gradient,) = torch.autograd.grad(value, surface.surface.point_1)
+    (expected,) = torch.autograd.grad(torch.stack(terms).mean(), surface.surface.point_1)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_more_draws_do_not_make_the_loss_larger(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    """A mean, not the sum of the released simplexes: on a surface of one point the number of draws is no matter."""
+    point = on_curve(net, spread=0.0)
+    one, five = (SurfaceLoss(cross_entropy, weight_decay=0.1, num_samples=n)(point, *batch)[0] for n in (1, 5))
+    torch.testing.assert_close(one, five, rtol=1e-12, atol=0)
+
+
+def test_a_loss_that_calls_the_network_twice_sees_one_draw(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    adversarial = AdversarialCrossEntropy(-0.4 / 0.3, 0.6 / 0.3, epsilon=0.05)
+    surface = on_curve(net)
+    value, _ = SurfaceLoss(adversarial)(surface, *batch)
+    surface.generator.manual_seed(5)
+    with surface.at(surface.draw()):
+        expected, _ = adversarial(surface, *batch)
+    assert torch.equal(value, expected)
+
+
+def test_surface_loss_in_evaluation_mode_is_that_of_the_middle(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    surface = on_curve(net).eval()
+    value, _ = SurfaceLoss(cross_entropy, weight_decay=0.2)(surface, *batch)
+    center = surface.surface.center_theta()
+    expected = cross_entropy(surface, *batch)[0] + 0.1 * center.dot(center)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+
+
+def test_the_volume_is_rewarded_once_a_batch(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    surface = on_curve(net, CurveWithLength)
+    with_volume, _ = SurfaceLoss(cross_entropy, volume=0.7, num_samples=2)(surface, *batch)
+    surface.generator.manual_seed(5)
+    without, _ = SurfaceLoss(cross_entropy, num_samples=2)(surface, *batch)
+    log_volume = surface.surface.log_volume()
+    torch.testing.assert_close(without - with_volume, 0.7 * log_volume, rtol=1e-10, atol=1e-12)
+    gradients = [torch.autograd.grad(v, surface.surface.point_1)[0] for v in (without, with_volume)]
+    (expected,) = torch.autograd.grad(log_volume, surface.surface.point_1)
+    torch.testing.assert_close(gradients[0] - gradients[1], 0.7 * expected, rtol=1e-8, atol=1e-12)
+
+
+def test_surface_loss_refuses_what_it_cannot_weigh(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    with pytest.raises(TypeError, match="SurfaceLoss needs a SurfaceModel; got Sequential"):
+        SurfaceLoss(cross_entropy)(net, *batch)
+    with pytest.raises(TypeError, match="volume = 0.1 needs a surface with a log_volume; BezierCurve has none"):
+        SurfaceLoss(cross_entropy, volume=0.1)(on_curve(net), *batch)
+    with pytest.raises(ValueError, match="weight_decay must be at least 0 and finite; got -1"):
+        SurfaceLoss(cross_entropy, weight_decay=-1)
+    with pytest.raises(ValueError, match="volume must be at least 0 and finite; got inf"):
+        SurfaceLoss(cross_entropy, volume=float("inf"))
+    with pytest.raises(ValueError, match="num_samples must be at least 1; got 0"):
+        SurfaceLoss(cross_entropy, num_samples=0)
