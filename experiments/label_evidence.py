@@ -242,7 +242,7 @@ def work(settings: Settings) -> str:
     keys = [
         (f, s) for f in fractions(settings) for s in range(settings.first_seed, settings.first_seed + settings.seeds)
     ]
-    try_model(make_trainer(run_settings(settings, keys[0]), clean, device), clean)
+    try_model(make_trainer(run_settings(settings, keys[0]), clean, device).model, clean)
     done = {}
     for key in keys if settings.resume else ():
         if (cell := folder.read_cell(cell_file(key), recipe_of(settings))) is not None:

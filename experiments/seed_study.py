@@ -80,7 +80,8 @@ def run_seeds(settings: Any, run: RunDir, one_seed: Callable[[int], Mapping[str,
             except NonFiniteError as error:
                 raise SettingsError(f"seed {seed}: {error}") from None
             seconds = time.perf_counter() - began
-            cells[seed] = {"recipe": recipe, "seed": seed, "seconds": seconds, **found}
+            order = list(found["methods"])  # files have their keys sorted
+            cells[seed] = {"recipe": recipe, "seed": seed, "seconds": seconds, "order": order, **found}
             run.write_json(cell_name(seed), cells[seed])
             run.log(seed=seed, seconds=seconds)
             bar.update()
@@ -95,10 +96,10 @@ def cell_name(seed: int) -> str:
 def summary(cells: Sequence[Cell], measures: Sequence[Measure]) -> dict[str, dict[str, dict[str, Any]]]:
     """Return mean, standard deviation over seeds (NaN of one) and every value, by method and measure.
 
-    A measure that a method does not have is left out; methods are in the order of the first cell.
+    A measure that a method does not have is left out; methods are in the order in which the first cell has them.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for method in cells[0]["methods"]:
+    for method in cells[0]["order"]:
         own = [cell["methods"][method] for cell in cells]
         found[method] = {}
         for measure in measures:
@@ -187,5 +188,6 @@ def finish(
     write_atomically(run.path / "table.txt", text + "\n")
     draw(run.path / "methods.png", found, measures, baseline, title)
     record = {"schema": 1, "settings": dataclasses.asdict(settings), "summary": found, "baseline": baseline}
+    record["order"] = list(found)
     run.write_json("results.json", {**record, **more, "cells": list(cells)})
     return f"{text}\nwritten to {run.path}"

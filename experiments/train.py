@@ -237,7 +237,7 @@ def work(settings: Settings, extra: Extra | None = None) -> str:
     run = RunDir(settings, (*OUTPUTS, *extra.outputs), device, resuming=own or unfinished(settings))
     data = load_data(settings, device)
     trainer = make_trainer(settings, data, device)
-    try_model(trainer, data)
+    try_model(trainer.model, data)
     extra.check(trainer, data)
     facts = restore(settings, trainer, path)
     run.begin()

@@ -150,13 +150,14 @@ def network(trainer: Trainer) -> nn.Module:
     return trainer.model.model if isinstance(trainer.model, MeanFieldModel) else trainer.model
 
 
-def try_model(trainer: Trainer, data: Datasets) -> None:
-    """Refuse a network that does not fit the images, before anything is written."""
+def try_model(model: nn.Module, data: Datasets) -> None:
+    """Refuse a network that does not fit the images, before anything is written; it is left in evaluation mode."""
     inputs, _ = next(iter(data.train.batches(2)))
-    trainer.model.eval()
+    device = next((parameter.device for parameter in model.parameters()), inputs.device)
+    model.eval()
     try:
         with torch.no_grad():
-            shape = trainer.model(inputs.to(trainer.device)).shape
+            shape = model(inputs.to(device)).shape
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise SettingsError(f"--model does not fit images of shape {tuple(inputs.shape[1:])}: {reason}") from None

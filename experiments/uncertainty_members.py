@@ -167,7 +167,7 @@ def check_recipes(settings: Settings, names: Iterable[RunName], data: Datasets, 
             continue
         tried.add(name.kind)
         own = member_settings(settings, name, Path(settings.dir), len(data.train))
-        try_model(make_trainer(own, data, device), data)
+        try_model(make_trainer(own, data, device).model, data)
 
 
 class TrainedRun:

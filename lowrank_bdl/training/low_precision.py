@@ -1,4 +1,4 @@
-"""Training with numbers of few bits: SGD whose weights, gradients and momentum are block floating point."""
+"""Training with numbers of few bits: SGD in block floating point, and networks whose weights are on few levels."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -6,9 +6,18 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.training.checked_optimizer import SGD_BOUNDS, Bound, CheckedOptimizer
-from lowrank_bdl.training.quantization import Rounding, block_floating_point, require_bits
+from lowrank_bdl.training.quantization import (
+    Rounding,
+    block_floating_point,
+    require_bits,
+    round_uniform,
+    uniform_step,
+)
 
 Blocks: TypeAlias = Literal["tensor", "channel"]
 
@@ -179,3 +188,82 @@ def low_precision_activations(
     finally:
         for handle in handles:
             handle.remove()
+
+
+class QuantizedModel(nn.Module):
+    r"""A network whose weight matrices are rounded to few levels whenever it is called, and trained all the same.
+
+    A weight W of two or more axes is used as :math:`Q_\Delta(W)`, the nearest of the levels
+    :math:`\Delta \{-m, \dots, m\}`, :math:`m = 2^{b-1} - 1`; biases and scales of normalisations are used as they are.
+    The gradient goes to W as if it had not been rounded (straight through). Steps Δ are those that lose least of the
+    weights that the network has now, one a tensor, and stay.
+
+    Args:
+        model: The network; training moves its own parameters, which keep their precision.
+        bits: b, from 2 to 24.
+
+    Attributes:
+        model: As given.
+        layout: Of all its parameters.
+        bits: As given.
+
+    Raises:
+        ValueError: If ``bits`` is out of range.
+        ShapeError: If no parameter has two axes.
+        NonFiniteError: If a weight is not finite.
+
+    Cost: a forward pass, and a read and a write of the weights.
+
+    Source: Shin, Boo and Sung, "SQWA" (2020), section 2; Hubara et al., "Quantized Neural Networks" (2018).
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> with torch.no_grad():
+        ...     _ = net.weight.copy_(torch.tensor([[1.0, 0.4]])), net.bias.fill_(0.3)
+        >>> QuantizedModel(net, 2)(torch.ones(1, 2))  # 1 + 0 + 0.3
+        tensor([[1.3000]], grad_fn=<AddmmBackward0>)
+    """
+
+    def __init__(self, model: nn.Module, bits: int) -> None:
+        super().__init__()
+        require_bits(bits)
+        self.model, self.bits = model, bits
+        self.layout = ParameterLayout.from_module(model)
+        parameters = zip(self.layout.names, self.layout.parameters_of(model), strict=True)
+        self._matrices = {name: f"step{i}" for i, (name, p) in enumerate(parameters) if p.ndim > 1}
+        if not self._matrices:
+            raise ShapeError("The network must have a weight of two or more axes; got none.")
+        for name, parameter in zip(self.layout.names, self.layout.parameters_of(model), strict=True):
+            if name in self._matrices:
+                self.register_buffer(self._matrices[name], uniform_step(parameter, bits))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the network with rounded weights.
+
+        Args:
+            *args: As the network takes them.
+            **kwargs: As the network takes them.
+
+        Returns:
+            What the network returns.
+        """
+        return functional_call(self.model, self._rounded(), args, kwargs)
+
+    def _rounded(self) -> dict[str, Tensor]:
+        """The weight matrices on their levels, with the gradients of the matrices themselves."""
+        found = {}
+        for name, parameter in zip(self.layout.names, self.layout.parameters_of(self.model), strict=True):
+            if name in self._matrices:
+                step = self.get_buffer(self._matrices[name])
+                found[name] = parameter + (round_uniform(parameter, step, self.bits) - parameter).detach()
+        return found
+
+    @torch.no_grad()
+    def weights(self) -> Tensor:
+        """Return the weights as the network uses them, shape ``(D,)``, in the order of the layout."""
+        own = dict(zip(self.layout.names, self.layout.parameters_of(self.model), strict=True))
+        levels = {
+            name: round_uniform(own[name], self.get_buffer(buffer), self.bits)
+            for name, buffer in self._matrices.items()
+        }
+        return self.layout.flatten({**own, **levels})

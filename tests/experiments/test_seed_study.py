@@ -89,6 +89,7 @@ def test_goes_on_with_the_seeds_that_are_left(tmp_path: Path) -> None:
     called.clear()
     cells = seed_study.run_seeds(settings, run, lambda seed: called.append(seed) or measure(seed))  # type: ignore[func-returns-value]
     assert called == [6, 7, 8] and [cell["seed"] for cell in cells] == [5, 6, 7, 8]
+    assert list(seed_study.summary(cells, MEASURES)) == ["majority", "SWA"]  # as measured, not as sorted in the file
     (run.path / "cells" / "seed-6.json").write_text("{")
     with pytest.raises(SettingsError, match=r"--resume: cannot read .*seed-6\.json"):
         seed_study.run_seeds(settings, run, measure)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lowrank_bdl.errors import NonFiniteError
-from lowrank_bdl.training.low_precision import LowPrecisionSGD, low_precision_activations
-from lowrank_bdl.training.quantization import block_floating_point
+from lowrank_bdl.errors import NonFiniteError, ShapeError
+from lowrank_bdl.training.low_precision import LowPrecisionSGD, QuantizedModel, low_precision_activations
+from lowrank_bdl.training.quantization import block_floating_point, round_uniform, uniform_step
 
 
 def problem(generator: torch.Generator) -> tuple[nn.Module, Tensor, Tensor]:
@@ -162,3 +162,50 @@ def test_refuses_bad_input() -> None:
         low_precision_activations(nn.Linear(1, 1), 0),
     ):
         pass
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_quantized_network_computes_with_levels_and_trains_straight_through(
+    bits: int, generator: torch.Generator
+) -> None:
+    net, x, y = problem(generator)
+    plain = copy.deepcopy(net)
+    quantized = QuantizedModel(net, bits)
+    steps = {name: uniform_step(p, bits) for name, p in plain.named_parameters() if p.ndim > 1}
+    rounded = copy.deepcopy(plain)
+    with torch.no_grad():
+        for name, parameter in rounded.named_parameters():
+            if name in steps:
+                parameter.copy_(round_uniform(parameter, steps[name], bits))
+    torch.testing.assert_close(quantized(x), rounded(x), rtol=1e-6, atol=1e-6)
+    assert torch.equal(quantized.weights(), quantized.layout.flatten(rounded))
+    cross_entropy(quantized(x), y).backward()
+    cross_entropy(rounded(x), y).backward()
+    for one, two in zip(net.parameters(), rounded.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-5, atol=1e-6)  # as if it had not been rounded
+    with torch.no_grad():
+        net[0].weight.mul_(3)
+    again = quantized.weights()[: net[0].weight.numel()].view_as(net[0].weight)
+    assert torch.equal(again, round_uniform(net[0].weight, steps["0.weight"], bits))  # the step stays
+    assert again.unique().numel() <= 2**bits - 1
+
+
+def test_training_on_levels_beats_rounding_afterwards(generator: torch.Generator) -> None:
+    x = torch.randn(400, 8, generator=generator)
+    y = (x[:, 0] * x[:, 1] + x[:, 2] > 0).long()
+    net = nn.Sequential(nn.Linear(8, 48), nn.Tanh(), nn.Linear(48, 2))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
+    train(net, torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9), x, y, 300)
+    quantized = QuantizedModel(net, 3)
+    before = cross_entropy(quantized(x), y).item()
+    train(quantized, torch.optim.SGD(net.parameters(), lr=0.005, momentum=0.9), x, y, 200)
+    assert cross_entropy(quantized(x), y).item() < 0.6 * before
+
+
+def test_a_quantized_network_needs_weight_matrices() -> None:
+    with pytest.raises(ShapeError, match="must have a weight of two or more axes; got none"):
+        QuantizedModel(nn.BatchNorm1d(3), 2)
+    with pytest.raises(ValueError, match="bits must be an integer from 2 to 24; got 1"):
+        QuantizedModel(nn.Linear(1, 1), 1)
