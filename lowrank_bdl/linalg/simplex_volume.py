@@ -36,7 +36,7 @@ def log_simplex_volume(vertices: "Tensor | Sequence[Tensor]") -> Tensor:
     Cost: one read of the corners and O(k² D), the gradient as much again; no memory of size D besides the gradient.
 
     Source: the volume regulariser of Benton et al., "Loss Surface Simplexes for Mode Connecting Volumes and Fast
-    Ensembling" (ICML 2021), section 4.
+    Ensembling" (ICML 2021).
 
     Example:
         >>> triangle = torch.tensor([[0.0, 0.0, 1.0], [3.0, 0.0, 1.0], [0.0, 4.0, 1.0]], requires_grad=True)
