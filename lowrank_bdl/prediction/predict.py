@@ -1,6 +1,6 @@
 """Bayesian model averaging: predictions of one network under many weight vectors."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from lowrank_bdl.parameters.functional import CallFn, FunctionalModel, evaluatio
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.likelihoods import Likelihood, resolve_likelihood
 from lowrank_bdl.parameters.sampled_network import SampledNetwork
-from lowrank_bdl.prediction.averaging import BatchAverage, Parts, join
+from lowrank_bdl.prediction.averaging import BatchAverage, join
 from lowrank_bdl.prediction.draws import SamplesWeights, require_samples, weight_vectors
 from lowrank_bdl.prediction.dropout import DropoutMasks
 from lowrank_bdl.prediction.predictive import Predictive
@@ -135,6 +135,53 @@ def predict(
         >>> predict(net, thetas, [(torch.ones(1, 1), torch.tensor([1]))], progress=False).mean
         tensor([[0.3500, 0.6500]])
     """
+    arguments = dict(locals())
+    found = list(predict_batches(**arguments))
+    return join([vars(part) for part in found], found[0].num_samples)
+
+
+@torch.no_grad()
+def predict_batches(
+    model: nn.Module,
+    posterior: "SamplesWeights | Tensor",
+    loader: Iterable[Any],
+    num_samples: int = 30,
+    *,
+    bn_loader: Iterable[Any] | None = None,
+    bn_fraction: float = 1.0,
+    dropout: bool = False,
+    vectorize: "bool | Literal['auto']" = "auto",
+    chunk_size: int | None = None,
+    likelihood: "str | Likelihood" = "categorical",
+    noise_variance: "float | Tensor | None" = None,
+    call_fn: CallFn | None = None,
+    target_fn: Callable[[Any], Tensor | None] = targets_of,
+    layout: ParameterLayout | None = None,
+    generator: torch.Generator | None = None,
+    max_bytes: int | None = None,
+    keep_samples: bool = False,
+    progress: bool = True,
+) -> Iterator[Predictive]:
+    """Predict like :func:`predict`, and give the average over the weight samples batch by batch.
+
+    For what does not fit into memory as a whole: a probability for each of the classes of each pixel of a few hundred
+    images is gigabytes, and what is measured on it a few numbers. The numbers are those of :func:`predict` to the last
+    bit; its arguments, errors and sources are, too. Nothing happens before the first batch is asked for, and while a
+    batch is the caller's the model is as it was.
+
+    Yields:
+        A :class:`~lowrank_bdl.prediction.predictive.Predictive` of each batch.
+
+    Cost: S forward passes over the loader, S over ``bn_loader``; memory of one forward pass, the kept draws, and one
+    batch's averages.
+
+    Example:
+        >>> net = nn.Linear(1, 2, bias=False)
+        >>> batches = [(torch.ones(1, 1), torch.tensor([1])), (torch.zeros(3, 1), torch.tensor([0, 1, 1]))]
+        >>> thetas = torch.tensor([[0.0, 0.0], [0.0, 3.0]]).log1p()
+        >>> [len(part.mean) for part in predict_batches(net, thetas, batches, progress=False)]
+        [1, 3]
+    """
     rule = resolve_likelihood(likelihood, noise_variance)
     if layout is None and not isinstance(posterior, Tensor):
         layout = getattr(posterior, "layout", None)
@@ -161,14 +208,14 @@ def predict(
             model, weights, bn_loader, layout=network.layout, call_fn=call_fn, fraction=bn_fraction, progress=progress
         )
         sampled.set_buffers({name: value.repeat_interleave(repeats, 0) for name, value in buffers.items()})
-    parts: list[Parts] = []
-    with evaluation_mode(model), nullcontext() if masks is None else masks.switched_on():
-        for batch in tqdm(loader, desc="predict", unit="batch", leave=False, disable=not progress):
-            batch = to_device(batch, device) if device is not None else batch
-            average = BatchAverage(len(parts), target_fn(batch), keep_samples)
-            for outputs in sampled.outputs(len(parts), batch):
+    number = 0
+    for batch in tqdm(loader, desc="predict", unit="batch", leave=False, disable=not progress):
+        batch = to_device(batch, device) if device is not None else batch
+        average = BatchAverage(number, target_fn(batch), keep_samples)
+        with evaluation_mode(model), nullcontext() if masks is None else masks.switched_on():
+            for outputs in sampled.outputs(number, batch):
                 average.add(rule(outputs))
-            parts.append(average.finish())
-    if not parts:
+        yield join([average.finish()], len(weights) * repeats)
+        number += 1
+    if number == 0:
         raise ShapeError("The loader must give at least one batch; got none (an exhausted iterator?).")
-    return join(parts, len(weights) * repeats)

@@ -13,7 +13,7 @@ from lowrank_bdl.posteriors.empirical import EmpiricalPosterior
 from lowrank_bdl.posteriors.gaussian import GaussianPosterior
 from lowrank_bdl.posteriors.mixture import MixturePosterior
 from lowrank_bdl.prediction.draws import WeightDraws
-from lowrank_bdl.prediction.predict import predict, targets_of
+from lowrank_bdl.prediction.predict import predict, predict_batches, targets_of
 
 
 class Posterior:
@@ -496,3 +496,37 @@ def test_the_librarys_own_mixtures_and_ensembles():
     assert torch.equal(
         run(model, ensemble, loader, num_samples=3).sample_log_likelihood, found.sample_log_likelihood[1::2]
     )
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_batch_by_batch_is_the_same_prediction(dropout):
+    model, posterior, loader = conv_problem()
+    options = dict(bn_loader=[x for x, _ in loader], dropout=dropout, keep_samples=True)
+    whole = run(model, posterior, loader, **options)
+    taken = []
+
+    def watched():
+        for batch in loader:
+            taken.append(batch)
+            yield batch
+
+    before, mode = copy.deepcopy(model.state_dict()), model.training
+    found = predict_batches(
+        model, posterior, watched(), 5, generator=torch.Generator().manual_seed(0), progress=False, **options
+    )
+    assert not taken
+    start = 0
+    for i, part in enumerate(found):
+        assert len(taken) == i + 1  # nothing is read ahead, and while a batch is ours the model is as it was
+        assert model.training == mode and model.dropout.training == mode
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        stop = start + len(part.mean)
+        for name in ("mean", "entropy", "expected_entropy", "mutual_information", "targets"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)[start:stop])
+        for name in ("sample_log_likelihood", "sample_means"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)[:, start:stop])
+        assert part.num_samples == whole.num_samples == 5
+        start = stop
+    assert start == len(whole.mean)
+    with pytest.raises(ShapeError, match="at least one batch; got none"):
+        next(predict_batches(model, posterior, [], progress=False))
