@@ -92,7 +92,8 @@ class SurfaceModel(nn.Module):
             theta = self.draw()
         else:
             theta = self.surface.center_theta()
-        return functional_call(self.model, self._network.named(theta), args, kwargs)
+        device = next(self.model.parameters()).device  # a surface may keep its points elsewhere, such as on the host
+        return functional_call(self.model, self._network.named(theta.to(device)), args, kwargs)
 
     def draw(self) -> Tensor:
         """Draw θ once, shape ``(D,)``, differentiably in the surface's trained points."""
