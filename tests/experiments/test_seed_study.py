@@ -79,10 +79,10 @@ def test_goes_on_with_the_seeds_that_are_left(tmp_path: Path) -> None:
     def breaking(seed: int) -> dict[str, Any]:
         called.append(seed)
         if seed == 6:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("stopped")
         return measure(seed)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="stopped"):
         seed_study.run_seeds(settings, run, breaking)
     assert called == [5, 6]
     settings, run = start(tmp_path / "run", resume=True, seeds=4)
