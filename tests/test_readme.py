@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = (
     'pip install -e ".[experiments]" && python -m experiments.quickstart',
-    'pip install -e ".[test]" && pytest',
+    'pip install -e ".[test]" && pytest -n auto',
 )
 
 
