@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,17 +123,34 @@ def given_points(bench: Bench) -> list[Tensor]:
     Raises:
         SettingsError: If a file is missing, damaged, or of another network.
     """
-    found: list[Tensor] = []
-    for file in bench.settings.files:
+    files, found = bench.settings.files, read_thetas(bench.settings.files, bench.settings.source, bench.model)
+    for number in range(1, len(found)):
+        if torch.equal(found[number], found[number - 1]):
+            raise SettingsError(f"{files[number]} has the same weights as the file before it")
+    return found
+
+
+def read_thetas(files: Sequence[str], source: str, model: nn.Module) -> list[Tensor]:
+    """Read weights, each (D,), through a network, whose own weights are lost.
+
+    Args:
+        files: Runs of `experiments.train`, or files of weights; see `experiments.hessian_points`.
+        source: Which of a finished run's weights: ``last``, or a name such as ``SWA``.
+        model: The network.
+
+    Raises:
+        SettingsError: If a file is missing, damaged, or of another network.
+    """
+    layout = lb.ParameterLayout.from_module(model)
+    found = []
+    for file in files:
         try:
-            read_point(Path(file), bench.settings.source, bench.model).load_(bench.model)
+            read_point(Path(file), source, model).load_(model)
         except FileNotFoundError:
             raise SettingsError(f"{file}: there is no such file, or no weights.safetensors in it") from None
         except (lb.CheckpointError, OSError) as error:
             raise SettingsError(f"{file}: {' '.join(str(error).split())}") from None
-        found.append(bench.layout.flatten(bench.model))
-        if len(found) > 1 and torch.equal(found[-1], found[-2]):
-            raise SettingsError(f"{file} has the same weights as the file before it")
+        found.append(layout.flatten(model))
     return found
 
 
@@ -154,8 +171,7 @@ def train_ends(bench: Bench, run: RunDir) -> list[Tensor]:
     for own in endpoint_runs(bench):
         if not is_finished(own):
             train.work(own)
-        read_point(Path(own.dir), bench.settings.source, bench.model).load_(bench.model)
-        found.append(bench.layout.flatten(bench.model))
+        found += read_thetas([own.dir], bench.settings.source, bench.model)
     return found
 
 

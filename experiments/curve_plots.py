@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
@@ -80,7 +79,8 @@ def decisions(path: Path, bench: Bench, paths: Mapping[str, Curve]) -> None:
             for t, panel in zip(SHOWN_T, row, strict=True):
                 with net.at(curve(t)):
                     second = net(pixels.to(device)).softmax(-1)[:, 1].view(PIXELS, PIXELS).cpu()
-                panel.contourf(axis, axis, second, levels=np.linspace(0, 1, 21), cmap="RdBu_r", alpha=0.5)
+                extent = (-REACH, REACH, -REACH, REACH)
+                panel.imshow(second, extent=extent, origin="lower", cmap="RdBu_r", vmin=0, vmax=1, alpha=0.5)
                 panel.contour(axis, axis, second, levels=[0.5], colors="black", linewidths=0.8)
                 for label, color in enumerate(CLASSES):
                     own = inputs[targets == label].view(-1, 2)
