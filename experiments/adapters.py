@@ -33,7 +33,7 @@ from experiments.common import RunDir, SettingsError, parse_settings, resolve_de
 from experiments.datasets import DATASETS, Datasets, LabelledImages, Split, load_dataset
 from experiments.evaluation import metrics_of, predict_splits
 from experiments.seed_study import Measure
-from experiments.study_methods import go_on_from
+from experiments.two_runs import rate_schedule, train_two
 from lowrank_bdl.integrations.adapters import save_adapters
 from lowrank_bdl.linalg.files import read_tensors, write_tensors
 from lowrank_bdl.parameters.functional import evaluation_mode
@@ -78,6 +78,11 @@ class Settings:
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA where there is some", free=True)
     threads: int = setting(0, "CPU threads, 0 for torch's choice", free=True)
     resume: bool = setting(False, "go on with the run in --dir, whose finished seeds are kept", free=True)
+
+    @property
+    def swa_start(self) -> int:
+        """The epoch after which the two runs part."""
+        return self.epochs // 2
 
 
 def check(settings: Settings) -> Settings:
@@ -181,16 +186,11 @@ def make_trainer(settings: Settings, network: nn.Module, seed: int, *, average: 
     model = adapted(settings, network, seed)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=settings.lr_init, momentum=0.9)
-    schedule: schedules.ClosedFormLR
-    collections, branch = {}, settings.epochs // 2
+    collections = {}
     if average:
-        schedule = schedules.StepDecayLR(
-            optimizer, every=settings.epochs + 1, swa_start=branch, swa_lr=settings.swa_lr
-        )  # no decay before
-        first = branch + (settings.epochs - branch) // 5
+        first = settings.swa_start + (settings.epochs - settings.swa_start) // 5
         collections["swag"] = Collection(lb.SWAG(model, rank=settings.max_num_models), start=first)
-    else:
-        schedule = schedules.SWAGLR(optimizer, swa_lr=0.01 * settings.lr_init, horizon=settings.epochs)
+    schedule = rate_schedule(settings, optimizer, average=average)
     return Trainer(model, optimizer, loss, schedule=schedule, collections=collections, seed=seed)
 
 
@@ -199,14 +199,10 @@ def one_seed(
 ) -> dict[str, Any]:
     """Adapt, average, measure and export with one seed."""
     train = few(labelled, settings.labels, seed)
-    batches = shuffled(train, settings.batch_size)
-    decayed = make_trainer(settings, network, seed, average=False)
-    decayed.fit(batches, settings.epochs // 2, progress=False)
-    middle = copy.deepcopy(decayed.state_dict())
-    decayed.fit(batches, settings.epochs, progress=False)
-    averaged = make_trainer(settings, network, seed, average=True)
-    go_on_from(averaged, middle)
-    averaged.fit(batches, settings.epochs, progress=False)
+    decayed, averaged = train_two(
+        lambda average: make_trainer(settings, network, seed, average=average),
+        shuffled(train, settings.batch_size), settings, f"seed {seed}",
+    )  # fmt: skip
     swag = averaged.collections["swag"].collector
     assert isinstance(swag, lb.SWAG)
     posterior = swag.posterior(scale=settings.scale)

@@ -69,6 +69,11 @@ class Settings:
     threads: int = setting(0, "CPU threads, 0 for torch's choice", free=True)
     resume: bool = setting(False, "go on with the run in --dir, whose finished seeds are kept", free=True)
 
+    @property
+    def swa_start(self) -> int:
+        """The epoch after which the two runs part."""
+        return self.epochs // 2
+
 
 def check(settings: Settings) -> Settings:
     """Refuse what cannot run.

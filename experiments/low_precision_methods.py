@@ -1,7 +1,7 @@
 """What a seed of `experiments.low_precision` trains, and what each network costs and predicts."""
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +11,9 @@ import lowrank_bdl as lb
 from experiments.datasets import Datasets
 from experiments.evaluation import metrics_of, predict_splits
 from experiments.models import build_model
-from experiments.study_methods import go_on_from
 from experiments.train_setup import AUGMENTATION
 from experiments.training_data import AsTrained, TrainingBatches
+from experiments.two_runs import rate_schedule, train_two
 from lowrank_bdl.training import averages, schedules
 from lowrank_bdl.training.collection import Collection
 from lowrank_bdl.training.low_precision import LowPrecisionSGD, QuantizedModel, low_precision_activations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 def one_seed(settings: "Settings", data: Datasets, device: torch.device, seed: int) -> dict[str, Any]:
     """Train and measure every method; all randomness is a function of the seed."""
     bits = settings.bits
-    decayed, averaged = train_two(settings, data, device, seed, bits=None)
-    narrow, narrow_averaged = train_two(settings, data, device, seed, bits=bits)
+    decayed, averaged = both_runs(settings, data, device, seed, bits=None)
+    narrow, narrow_averaged = both_runs(settings, data, device, seed, bits=bits)
     layout = lb.ParameterLayout.from_module(decayed.model)
     float_weights = layout.flatten(decayed.model)
     found: dict[str, tuple[Tensor, int]] = {
@@ -75,16 +75,11 @@ def make_trainer(
             model.parameters(), **common, weight_bits=bits, gradient_bits=bits, momentum_bits=bits,
             blocks="channel" if settings.blocks == "channel" else "tensor",
         )  # fmt: skip
-    branch, collections = settings.epochs // 2, {}
-    schedule: schedules.ClosedFormLR
+    collections = {}
     if average:
-        schedule = schedules.StepDecayLR(
-            optimizer, every=settings.epochs + 1, swa_start=branch, swa_lr=settings.swa_lr
-        )  # no decay before
-        first = branch + (settings.epochs - branch) // 5
+        first = settings.swa_start + (settings.epochs - settings.swa_start) // 5
         collections["swa"] = Collection(averages.swa(model), start=first, per_epoch=settings.collects_per_epoch)
-    else:
-        schedule = schedules.SWAGLR(optimizer, swa_lr=0.01 * settings.lr_init, horizon=settings.epochs)
+    schedule = rate_schedule(settings, optimizer, average=average)
     return Trainer(model, optimizer, schedule=schedule, collections=collections, seed=seed)
 
 
@@ -96,27 +91,20 @@ def new_model(settings: "Settings", data: Datasets, device: torch.device, seed: 
     return model
 
 
-def train_two(
+def both_runs(
     settings: "Settings", data: Datasets, device: torch.device, seed: int, *, bits: int | None
 ) -> tuple[Trainer, Trainer]:
-    """Train the decayed run, and the averaged one from the decayed one's middle, where its rate is still the first."""
-    decayed = make_trainer(settings, data, device, seed, bits=bits, average=False)
-    fit(settings, data, decayed, settings.epochs // 2, bits)
-    middle = copy.deepcopy(decayed.state_dict())
-    fit(settings, data, decayed, settings.epochs, bits)
-    averaged = make_trainer(settings, data, device, seed, bits=bits, average=True)
-    go_on_from(averaged, middle)
-    fit(settings, data, averaged, settings.epochs, bits)
-    return decayed, averaged
+    """Train the decayed run and the averaged one, with activations of few bits where that is asked for."""
+    with ExitStack() as rounding:
 
+        def make(average: bool) -> Trainer:
+            trainer = make_trainer(settings, data, device, seed, bits=bits, average=average)
+            if bits is not None and settings.activation_bits is not None:
+                rounding.enter_context(low_precision_activations(trainer.model, settings.activation_bits))
+            return trainer
 
-def fit(settings: "Settings", data: Datasets, trainer: Trainer, epochs: int, bits: int | None) -> None:
-    """Train up to an epoch; low-precision runs with activations of few bits where that is asked for."""
-    rounded: AbstractContextManager[None] = nullcontext()
-    if bits is not None and settings.activation_bits is not None:
-        rounded = low_precision_activations(trainer.model, settings.activation_bits)
-    with rounded:
-        trainer.fit(lambda generator: batches(settings, data, generator), epochs, progress=False)
+        name = f"seed {seed}, " + ("float32" if bits is None else f"{bits} bits")
+        return train_two(make, lambda generator: batches(settings, data, generator), settings, name)
 
 
 def batches(settings: "Settings", data: Datasets, generator: torch.Generator) -> TrainingBatches:
@@ -151,7 +139,8 @@ def tune(settings: "Settings", data: Datasets, model: QuantizedModel, epochs: in
     """Train on levels while the rate decays to 1 %."""
     optimizer = level_optimizer(settings, model)
     schedule = schedules.SWAGLR(optimizer, swa_lr=0.01 * settings.level_lr, horizon=epochs)
-    fit(settings, data, Trainer(model, optimizer, schedule=schedule, seed=seed), epochs, None)
+    trainer = Trainer(model, optimizer, schedule=schedule, seed=seed)
+    trainer.fit(lambda generator: batches(settings, data, generator), epochs, progress=False)
 
 
 def cyclic_average(settings: "Settings", data: Datasets, model: QuantizedModel, seed: int) -> Tensor:
