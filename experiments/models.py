@@ -1,5 +1,6 @@
 """Networks for the scripts, by name: the library's, a small convolutional one, and some of torchvision's."""
 
+import re
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from lowrank_bdl.models.registry import closest_first
 
 OWN = ("SmallConvNet", "SmallConvNetDrop", "MobileNetV2")
 TORCHVISION = ("resnet", "resnext", "wide_resnet", "densenet")  # beginnings of the names taken from there
+WIDTH = re.compile(r"(?P<network>.+)-width(?P<width>\d+)")  # a network with other numbers of channels
 FULL_STRIDE_FROM = 64  # smaller images go through MobileNetV2's first convolution with stride 1 [pixels]
 
 
@@ -87,7 +89,9 @@ def build_model(
 
     Args:
         name: A name of `lowrank_bdl.models.MODELS`, SmallConvNet(Drop), MobileNetV2 (see `mobilenet_v2`), or a ResNet,
-            ResNeXt, Wide ResNet or DenseNet as torchvision spells it ("resnet50", "densenet161"; untrained).
+            ResNeXt, Wide ResNet or DenseNet as torchvision spells it ("resnet50", "densenet161"; untrained). Pre-
+            activation residual networks, VGGs and SmallConvNets come in any width: "PreResNet8-width4" has 4, 8 and 16
+            channels in its stages.
         num_classes: Number of logits.
         channels: Channels of the images.
         image_size: Height and width of the images [pixels].
@@ -97,6 +101,10 @@ def build_model(
     Raises:
         SettingsError: If there is no such network, or it does not fit the task, the images or the options.
     """
+    if (found := WIDTH.fullmatch(name)) is not None:
+        chosen = of_width(name, found["network"], int(found["width"]))
+        options = {**chosen, **options}
+        name = found["network"]
     if name in MODELS and MODELS[name].task != task:
         raise SettingsError(f"--model {name} is a network for {MODELS[name].task}, and this is {task}")
     try:
@@ -114,6 +122,21 @@ def build_model(
         raise SettingsError(f"--model {name}: {error}") from None
     closest = closest_first(name, dict.fromkeys(model_names(task)))
     raise SettingsError(f"--model {name} is unknown; the closest known are {', '.join(closest[:5])}")
+
+
+def of_width(name: str, network: str, width: int) -> dict[str, Any]:
+    """Return the options that give a network a width: channels of its first stage, which later ones are multiples of.
+
+    Raises:
+        SettingsError: If it has no width, or the width is 0.
+    """
+    if width < 1:
+        raise SettingsError(f"--model {name}: a width must be at least 1")
+    if network.startswith("PreResNet"):
+        return {"planes": (width, 2 * width, 4 * width)}
+    if network.startswith(("VGG", "SmallConvNet")):
+        return {"width": width}
+    raise SettingsError(f"--model {name}: only PreResNets, VGGs and SmallConvNets come in other widths")
 
 
 def torchvision_model(name: str, num_classes: int, channels: int, image_size: int, **options: Any) -> nn.Module:

@@ -27,6 +27,29 @@ def test_names_come_from_the_library_and_from_here() -> None:
     assert isinstance(seeded("SmallConvNet", width=2), SmallConvNet)
 
 
+def test_widths() -> None:
+    narrow = seeded("PreResNet8-width3")
+    assert [stage[0].conv1.out_channels for stage in (narrow.layer1, narrow.layer2, narrow.layer3)] == [3, 6, 12]
+    for small, wide in (("VGG16-width2", "VGG16-width4"), ("SmallConvNet-width4", "SmallConvNet")):
+        sizes = [sum(p.numel() for p in seeded(name).parameters()) for name in (small, wide)]
+        assert 3 < sizes[1] / sizes[0] < 4.5
+    twice = [seeded(name).state_dict() for name in ("PreResNet8-width16", "PreResNet8")]
+    assert all(torch.equal(twice[0][name], twice[1][name]) for name in twice[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("LeNet5-width3", "--model LeNet5-width3: only PreResNets, VGGs and SmallConvNets come in other widths"),
+        ("PreResNet8-width0", "a width must be at least 1"),
+        ("PreResNet9-width2", "--model PreResNet9 is unknown; the closest known are"),
+    ],
+)
+def test_widths_that_there_are_not(name: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        seeded(name)
+
+
 def test_the_small_network_with_dropout_has_the_same_weights() -> None:
     plain, drop = seeded("SmallConvNet", width=2), seeded("SmallConvNetDrop", width=2)
     assert list(drop.state_dict()) == list(plain.state_dict())
