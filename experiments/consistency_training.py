@@ -1,5 +1,6 @@
 """Networks trained with a consistency loss, their averages, and how well each predicts."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,7 @@ class Problem:
     Attributes:
         streams: Gives an epoch's batches from its generator; True leaves out the images without labels.
         steps: Batches in an epoch.
+        labels: Of all labelled images.
         num_classes: Number of classes.
         held_out: What is measured on.
         bn_images: What batch norm is recalibrated on, as trained on.
@@ -58,10 +60,11 @@ class Problem:
 
     streams: Callable[[torch.Generator, bool], TwoStreams]
     steps: int
+    labels: Tensor
     num_classes: int
     held_out: Split
     bn_images: AsTrained
-    loss_options: Mapping[str, Any]
+    loss_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def make_network(recipe: Recipe, problem: Problem, seed: int) -> nn.Module:
@@ -177,16 +180,14 @@ def accuracy(trainer: Trainer, problem: Problem, theta: Tensor) -> float:
     return 100 * prediction.accuracy
 
 
-def measure(recipe: Recipe, problem: Problem, trainer: Trainer, seed: int) -> dict[str, dict[str, float]]:
-    """Measure every weight vector, and SWAG around the mean of fast-SWA."""
-    sources: dict[str, Any] = dict(weights_of(trainer))
-    fast = trainer.collections["fast-SWA"].collector
-    assert isinstance(fast, lb.SWAG)
-    sources["SWAG"] = fast.posterior()
+def measure(
+    recipe: Recipe, problem: Problem, model: nn.Module, sources: Mapping[str, Any], seed: int
+) -> dict[str, dict[str, float]]:
+    """Measure weight vectors and posteriors on the held-out images, by their names."""
     found = {}
     for name, weights in sources.items():
         predictions = predict_splits(
-            trainer.model,
+            model,
             weights,
             {"held out": problem.held_out},
             problem.bn_images,
@@ -198,9 +199,44 @@ def measure(recipe: Recipe, problem: Problem, trainer: Trainer, seed: int) -> di
     return found
 
 
-def majority_class(problem: Problem, labels: Tensor) -> dict[str, float]:
+def train_all(
+    recipe: Recipe,
+    problem: Problem,
+    kinds: Mapping[str, Kind],
+    seed: int,
+    run: RunDir,
+    also: Callable[[str, Trainer], Mapping[str, Any]] = lambda name, trainer: {},
+) -> dict[str, Any]:
+    """Train one network of each kind; measure it and its averages, and SWAG around the mean of fast-SWA.
+
+    Args:
+        recipe: How.
+        problem: On what.
+        kinds: The ways to train, by name.
+        seed: Of everything that is random.
+        run: Where checkpoints go; those of other seeds are removed.
+        also: More rows that a kind's trainer gives.
+
+    Returns:
+        A seed's cell: ``methods``, by ``"kind: weights"``, and ``curves``, accuracies while training.
+    """
+    discard_checkpoints(run, but_of=seed)
+    methods = {MAJORITY: majority_class(problem)}
+    found = {}
+    for name, kind in kinds.items():
+        trainer = train(recipe, problem, kind, seed, run, name)
+        fast = trainer.collections["fast-SWA"].collector
+        assert isinstance(fast, lb.SWAG)
+        sources = {**weights_of(trainer), "SWAG": fast.posterior()}
+        measured = {**also(name, trainer), **measure(recipe, problem, trainer.model, sources, seed)}
+        methods |= {f"{name}: {weights}": metrics for weights, metrics in measured.items()}
+        found[name] = curves(trainer)
+    return {"methods": methods, "curves": found}
+
+
+def majority_class(problem: Problem) -> dict[str, float]:
     """Measure what says the labels' own frequencies of every image, whatever is on it."""
-    frequencies = labels.bincount(minlength=problem.num_classes).double() / len(labels)
+    frequencies = problem.labels.bincount(minlength=problem.num_classes).double() / len(problem.labels)
     targets = problem.held_out.targets
     probabilities = frequencies.expand(len(targets), -1)
     entropy = torch.special.entr(probabilities).sum(-1)

@@ -39,12 +39,9 @@ from experiments.consistency_training import (
     MEASURES,
     Kind,
     Problem,
-    curves,
     discard_checkpoints,
-    majority_class,
     make_network,
-    measure,
-    train,
+    train_all,
 )
 from experiments.datasets import Datasets, Split, load_dataset
 from experiments.train_setup import AUGMENTATION, try_model
@@ -71,8 +68,8 @@ def check(settings: Settings) -> Settings:
     return check_recipe(settings)
 
 
-def make_problem(settings: Settings, data: Datasets, seed: int) -> tuple[Problem, torch.Tensor]:
-    """Choose the labelled images of a seed; return what is trained on, and their labels."""
+def make_problem(settings: Settings, data: Datasets, seed: int) -> Problem:
+    """Choose the labelled images of a seed; return what is trained on."""
     pool = in_memory(data.train, f"--dataset {data.name}")
     held_out = data.test if data.validation is None else data.validation
     assert held_out is not None
@@ -93,11 +90,11 @@ def make_problem(settings: Settings, data: Datasets, seed: int) -> tuple[Problem
     return Problem(
         streams,
         len(streams(torch.Generator(), False)),
+        labelled.images.targets,
         data.num_classes,
         measured if settings.eval_limit is None else measured.first(settings.eval_limit),
         AsTrained(pool.first(settings.bn_size), *views),
-        {},
-    ), labelled.images.targets
+    )
 
 
 def work(settings: Settings) -> str:
@@ -111,20 +108,12 @@ def work(settings: Settings) -> str:
         train_limit=settings.train_limit,
         device=device,
     )
-    problem, _ = make_problem(settings, data, settings.first_seed)
+    problem = make_problem(settings, data, settings.first_seed)
     try_model(make_network(settings, problem, settings.first_seed), data)
     run.begin()
 
     def one_seed(seed: int) -> dict[str, Any]:
-        discard_checkpoints(run, but_of=seed)
-        problem, labels = make_problem(settings, data, seed)
-        methods, found = {MAJORITY: majority_class(problem, labels)}, {}
-        for name, kind in KINDS.items():
-            trainer = train(settings, problem, kind, seed, run, name)
-            found[name] = curves(trainer)
-            for weights, metrics in measure(settings, problem, trainer, seed).items():
-                methods[f"{name}: {weights}"] = metrics
-        return {"methods": methods, "curves": found}
+        return train_all(settings, make_problem(settings, data, seed), KINDS, seed, run)
 
     cells = seed_study.run_seeds(settings, run, one_seed)
     discard_checkpoints(run)

@@ -108,8 +108,8 @@ def test_rates_collections_and_ramp_are_those_published() -> None:
                  labeled_batch_size=10)
     )  # fmt: skip
     data = load_dataset("digits", use_test=True, train_limit=120)
-    problem, labels = make_problem(settings, data, 0)
-    assert problem.steps == 10 and labels.bincount().tolist() == [2] * 10
+    problem = make_problem(settings, data, 0)
+    assert problem.steps == 10 and problem.labels.bincount().tolist() == [2] * 10
     trainer = make_trainer(settings, problem, KINDS["Mean Teacher"], 0)
     assert settings.all_epochs == 1200
 
@@ -137,7 +137,7 @@ def test_rates_collections_and_ramp_are_those_published() -> None:
 def test_labels_that_are_not_chosen_are_never_read() -> None:
     settings = Settings(dir="-", n_labels=20, batch_size=20, labeled_batch_size=10, dataset="digits")
     data = load_dataset("digits", use_test=True, train_limit=120)
-    problem, _ = make_problem(settings, data, 0)
+    problem = make_problem(settings, data, 0)
     for _, targets in problem.streams(torch.Generator().manual_seed(0), False):
         assert (targets[:10] >= 0).all() and (targets[10:] == -1).all()
 
