@@ -27,7 +27,6 @@ trained), start/ and end/ (runs of experiments.train, where they are made here),
 environment.json, command.sh
 """
 
-import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -87,12 +86,7 @@ def experiment(bench: Bench, run: RunDir, points: list[Tensor]) -> str:
     run.write_json(
         "results.json",
         {
-            "schema": 1,
-            "settings": dataclasses.asdict(settings),
-            "recipe": dataclasses.asdict(bench.recipe),
-            "data": bench.data.facts,
-            "reported_on": bench.shown,
-            "parameters": bench.layout.numel,
+            **bench.facts,
             "weight_decay": bench.weight_decay,
             "ends": digest_of(points),
             "paths": found,

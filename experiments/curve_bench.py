@@ -43,14 +43,14 @@ class Bench:
     """Network and images.
 
     Attributes:
-        settings: Of the script.
+        settings: Of the script (of another one, if it has --eval_limit).
         recipe: How the networks at the ends are trained.
         data: Images.
         shown: Name of the images to test on.
         model: The network; its weights are of no account.
     """
 
-    settings: Settings
+    settings: Any
     recipe: TrainSettings
     data: Datasets
     shown: str
@@ -69,10 +69,24 @@ class Bench:
     @property
     def images(self) -> dict[str, Any]:
         """Batches of the images to evaluate on, by name; training images are not augmented."""
-        sets = {"train": self.data.train, self.shown: getattr(self.data, self.shown)}
-        limit = self.settings.eval_limit
-        kept = {name: images if limit is None else images.first(limit) for name, images in sets.items()}
-        return {name: images.batches(EVAL_BATCH_SIZE) for name, images in kept.items()}
+        return {name: self.split(name).batches(EVAL_BATCH_SIZE) for name in ("train", self.shown)}
+
+    def split(self, name: str) -> Any:
+        """Return the images of that name that are evaluated."""
+        images, limit = getattr(self.data, name), self.settings.eval_limit
+        return images if limit is None else images.first(limit)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What results.json says about every run."""
+        return {
+            "schema": 1,
+            "settings": dataclasses.asdict(self.settings),
+            "recipe": dataclasses.asdict(self.recipe),
+            "data": self.data.facts,
+            "reported_on": self.shown,
+            "parameters": self.layout.numel,
+        }
 
 
 def open_bench(settings: Settings, device: torch.device) -> Bench:

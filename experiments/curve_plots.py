@@ -80,7 +80,7 @@ def decisions(path: Path, bench: Bench, paths: Mapping[str, Curve]) -> None:
                 with net.at(curve(t)):
                     second = net(pixels.to(device)).softmax(-1)[:, 1].view(PIXELS, PIXELS).cpu()
                 extent = (-REACH, REACH, -REACH, REACH)
-                panel.imshow(second, extent=extent, origin="lower", cmap="RdBu_r", vmin=0, vmax=1, alpha=0.5)
+                panel.imshow(second.numpy(), extent=extent, origin="lower", cmap="RdBu_r", vmin=0, vmax=1, alpha=0.5)
                 panel.contour(axis, axis, second, levels=[0.5], colors="black", linewidths=0.8)
                 for label, color in enumerate(CLASSES):
                     own = inputs[targets == label].view(-1, 2)

@@ -71,8 +71,7 @@ def table(bench: Bench, paths: Mapping[str, Mapping[str, Any]]) -> str:
             f"{found['length']:.2f}",
         ]
         rows.append([name, *numbers])
-    limit = bench.settings.eval_limit
-    count = {name: min(len(getattr(bench.data, name)), limit or 10**9) for name in ("train", bench.shown)}
+    count = {name: len(bench.split(name)) for name in ("train", bench.shown)}
     notes = [
         f"{bench.recipe.model} on {bench.data.name}: {first['num_points']} points of each path, {count['train']:,} "
         f"training and {count[bench.shown]:,} {bench.shown} images.",

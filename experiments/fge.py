@@ -50,8 +50,7 @@ from experiments.common import (
     setting,
     write_atomically,
 )
-from experiments.curve_bench import digest_of, read_thetas
-from experiments.datasets import Datasets
+from experiments.curve_bench import Bench, digest_of, read_thetas
 from experiments.ensembling import load_data
 from experiments.evaluation import BN_BATCH_SIZE, has_batch_norm
 from experiments.fge_report import Predicted
@@ -161,30 +160,6 @@ def epochs_behind(path: str) -> int:
 # ---- predictions -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Bench:
-    """Network and images.
-
-    Attributes:
-        settings: Of the script.
-        recipe: Of the first cyclical run.
-        data: Images.
-        shown: Name of those that are predicted.
-        model: The network; its weights are of no account.
-    """
-
-    settings: Settings
-    recipe: TrainSettings
-    data: Datasets
-    shown: str
-    model: nn.Module
-
-    @property
-    def images(self) -> Any:
-        images, limit = getattr(self.data, self.shown), self.settings.eval_limit
-        return images if limit is None else images.first(limit)
-
-
 def predictions(bench: Bench, run: RunDir, name: str, thetas: Tensor, epochs: Sequence[int]) -> Predicted:
     """Predict with every network, or read what an earlier part of the run has predicted.
 
@@ -208,7 +183,11 @@ def predictions(bench: Bench, run: RunDir, name: str, thetas: Tensor, epochs: Se
     bn = bn_images(bench.recipe, bench.data).batches(BN_BATCH_SIZE) if has_batch_norm(bench.model) else None
     device = next(bench.model.parameters()).device
     found = lb.predict(
-        bench.model, thetas.to(device), bench.images.batches(EVAL_BATCH_SIZE), bn_loader=bn, keep_samples=True
+        bench.model,
+        thetas.to(device),
+        bench.split(bench.shown).batches(EVAL_BATCH_SIZE),
+        bn_loader=bn,
+        keep_samples=True,
     )
     assert found.sample_means is not None and found.sample_log_likelihood is not None and found.targets is not None
     tensors = tuple(t.cpu() for t in (found.sample_means, found.sample_log_likelihood, found.targets))
@@ -253,16 +232,12 @@ def experiment(bench: Bench, run: RunDir, runs: Sequence[TrainSettings], indepen
     found = fge_report.measure(ensembles, averages, alone, total)
     title = f"{bench.recipe.model} on {bench.data.name}"
     fge_report.draw(run.path / "ensemble.png", found, bench.shown, title)
-    text = fge_report.table(found, title, bench.shown, len(bench.images))
+    text = fge_report.table(found, title, bench.shown, len(bench.split(bench.shown)))
     write_atomically(run.path / "table.txt", text + "\n")
     run.write_json(
         "results.json",
         {
-            "schema": 1,
-            "settings": dataclasses.asdict(settings),
-            "recipe": dataclasses.asdict(bench.recipe),
-            "data": bench.data.facts,
-            "reported_on": bench.shown,
+            **bench.facts,
             "results": found,
             "equal_budget": fge_report.at_equal_budget(found),
             "seconds": {"train": trained - began, "predict": time.perf_counter() - trained},
