@@ -40,14 +40,14 @@ MEASURES = (
     Measure("ece", "ECE [%]", less_is_better=True),
 )
 CITATION_RECIPE = dict(
-    seeds=20, epochs=200, optimizer="Adam", batch_size=1, lr_init=0.01, wd=5e-4, swa_start=100, swa_lr=0.03, hidden=16,
+    seeds=20, epochs=200, optimizer="Adam", batch_size=1, lr_init=0.01, wd=5e-4, swa_start=100, swa_lr=0.05, hidden=16,
     layers=2, dropout=0.5, norm="none",
 )  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
     "Cora": CITATION_RECIPE,
     "CiteSeer": CITATION_RECIPE,
     "CLUSTER": dict(
-        seeds=3, epochs=40, optimizer="SGD", batch_size=32, lr_init=0.1, wd=1e-4, swa_start=20, swa_lr=0.05, hidden=64,
+        seeds=3, epochs=40, optimizer="SGD", batch_size=32, lr_init=0.3, wd=1e-4, swa_start=20, swa_lr=0.2, hidden=64,
         layers=4, dropout=0.0, norm="batch",
     ),
 }  # fmt: skip
