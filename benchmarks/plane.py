@@ -14,21 +14,19 @@ Writes plane-HARDWARE.json and .md into --out.
 """
 
 import argparse
-import json
 import random
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.environment import environment, hardware_label
 from benchmarks.harness import Call, Check, Contender, Policy, compare
-from experiments.common import format_table, write_atomically
+from benchmarks.networks import error_cell, network_parser, policy_of, ratio_cells, run_networks
+from experiments.common import format_table
 from lowrank_bdl.models import create_model
 from lowrank_bdl.models.mlp import MLP
 from lowrank_bdl.parameters.batch_norm import recalibrate_batch_norm_
@@ -160,21 +158,9 @@ def markdown(record: dict[str, Any]) -> str:
     for name, found in record["networks"].items():
         sizes = [f"{found['parameters']:,}", f"{found['num_data']:,}"]
         for row in found["rows"]:
-            ratio = row.get("ratios", {}).get(BARE)
-            low, high = (ratio and ratio["ci95"]) or (None, None)
             seconds = row["median_s"] / found["points"] if row["times_s"] else None
-            rows.append(
-                [
-                    name,
-                    *sizes,
-                    row["contender"],
-                    f"{ratio['median']:.2f}" if ratio else row["status"],
-                    "" if low is None else f"{low:.2f} to {high:.2f}",
-                    "" if seconds is None else f"{seconds * 1e3:.3g}",
-                    "" if seconds is None else f"{seconds * GRID**2:,.0f} s",
-                    f"{row['error']:.0e}" if isinstance(row["error"], float) else "",
-                ]
-            )
+            times = ["", ""] if seconds is None else [f"{seconds * 1e3:.3g}", f"{seconds * GRID**2:,.0f} s"]
+            rows.append([name, *sizes, row["contender"], *ratio_cells(row, BARE), *times, error_cell(row)])
             name, sizes = "", ["", ""]
     machine = record["environment"]
     note = (
@@ -186,52 +172,20 @@ def markdown(record: dict[str, Any]) -> str:
     return f"# The loss on a plane\n\n{note}\n\n```\n{format_table(head, rows)}\n```\n"
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    layout = argparse.RawDescriptionHelpFormatter
-    result = argparse.ArgumentParser(prog=PROG, description=__doc__, formatter_class=layout)
-    result.add_argument("--networks", nargs="+", choices=list(CASES), default=list(CASES), metavar="NAME")
-    result.add_argument("--num_data", type=int, help="inputs, for all networks")
-    result.add_argument("--points", type=int, help="points in a round, for all networks")
-    result.add_argument("--threads", type=int, default=1)
-    result.add_argument("--device", default="cpu")
-    result.add_argument("--budget", type=float, default=60.0, help="seconds of rounds for a network")
-    result.add_argument("--seed", type=int, default=0)
-    result.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder to write to")
-    return result
+NUMBERS = {"num_data": "inputs, for all networks", "points": "points in a round, for all networks"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; return the exit status."""
-    options = parser().parse_args(argv)
-    for name in ("num_data", "points", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            print(f"{PROG}: error: --{name} must be at least 1; got {value}", file=sys.stderr)
-            return 2
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print(f"{PROG}: error: no CUDA device is available", file=sys.stderr)
-        return 2
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    policy = Policy(budget_s=options.budget, min_rounds=3, max_rounds=60, once_above_s=120.0)
-    try:
-        networks = {}
-        for name in options.networks:
-            case = CASES[name]
-            num_data, points = options.num_data or case.num_data, options.points or case.points
-            case = Case(case.make, case.shape, num_data, case.batch_size, points, case.batch_norm)
-            networks[name] = measure(case, device=device, policy=policy, seed=options.seed)
-        record = {"format": "lowrank_bdl-plane", "version": 1, "environment": environment(device), "networks": networks}
-    finally:
-        torch.set_num_threads(before)
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out / f"plane-{hardware_label(device)}"
-    write_atomically(stem.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
-    write_atomically(stem.with_suffix(".md"), markdown(record))
-    print(markdown(record))
-    return 1 if any(row["status"] == "wrong" for found in networks.values() for row in found["rows"]) else 0
+    options = network_parser(PROG, __doc__, list(CASES), NUMBERS, 60.0).parse_args(argv)
+
+    def of_network(name: str, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+        case = CASES[name]
+        case = replace(case, num_data=options.num_data or case.num_data, points=options.points or case.points)
+        policy = policy_of(options, min_rounds=3, once_above_s=120.0)
+        return measure(case, device=device, policy=policy, seed=options.seed)
+
+    return run_networks(PROG, "plane", options, list(NUMBERS), of_network, markdown)
 
 
 if __name__ == "__main__":

@@ -11,21 +11,19 @@ Writes predict-vectorized-HARDWARE.json and .md into --out.
 """
 
 import argparse
-import json
 import random
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import lowrank_bdl as lb
-from benchmarks.environment import environment, hardware_label
 from benchmarks.harness import Call, Check, Contender, Policy, compare
-from experiments.common import format_table, write_atomically
+from benchmarks.networks import error_cell, network_parser, policy_of, ratio_cells, run_networks
+from experiments.common import format_table
 from experiments.models import SmallConvNet
 from lowrank_bdl.models import create_model
 from lowrank_bdl.models.mlp import MLP
@@ -133,18 +131,7 @@ def markdown(record: dict[str, Any]) -> str:
     for name, found in record["networks"].items():
         sizes = [f"{found['parameters']:,}", str(found["batch_size"]), str(found["num_samples"])]
         for row in found["rows"]:
-            ratio = row.get("ratios", {}).get(ALONE)
-            low, high = (ratio and ratio["ci95"]) or (None, None)
-            rows.append(
-                [
-                    name,
-                    *sizes,
-                    row["contender"],
-                    f"{ratio['median']:.2f}" if ratio else row["status"],
-                    "" if low is None else f"{low:.2f} to {high:.2f}",
-                    f"{row['error']:.0e}" if isinstance(row["error"], float) else "",
-                ]
-            )
+            rows.append([name, *sizes, row["contender"], *ratio_cells(row, ALONE), error_cell(row)])
             name, sizes = "", ["", "", ""]
     machine = record["environment"]
     note = (
@@ -154,63 +141,23 @@ def markdown(record: dict[str, Any]) -> str:
     return f"# Predictions under several weight vectors at once\n\n{note}\n\n```\n{format_table(head, rows)}\n```\n"
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    layout = argparse.RawDescriptionHelpFormatter
-    result = argparse.ArgumentParser(prog=PROG, description=__doc__, formatter_class=layout)
-    result.add_argument("--networks", nargs="+", choices=list(CASES), default=list(CASES), metavar="NAME")
-    result.add_argument("--batch_size", type=int, help="examples in the batch, for all networks")
-    result.add_argument("--num_samples", type=int, help="weight vectors, for all networks")
-    result.add_argument("--threads", type=int, default=1)
-    result.add_argument("--device", default="cpu")
-    result.add_argument("--budget", type=float, default=5.0, help="seconds of rounds for a network")
-    result.add_argument("--seed", type=int, default=0)
-    result.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder to write to")
-    return result
+NUMBERS = {
+    "batch_size": "examples in the batch, for all networks",
+    "num_samples": "weight vectors, for all networks",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; return the exit status."""
-    options = parser().parse_args(argv)
-    for name in ("batch_size", "num_samples", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            print(f"{PROG}: error: --{name} must be at least 1; got {value}", file=sys.stderr)
-            return 2
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print(f"{PROG}: error: no CUDA device is available", file=sys.stderr)
-        return 2
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    policy = Policy(budget_s=options.budget, min_rounds=2, max_rounds=60, once_above_s=60.0)
-    try:
-        networks = {}
-        for name in options.networks:
-            case = CASES[name]
-            case = Case(
-                case.make,
-                case.shape,
-                options.batch_size or case.batch_size,
-                options.num_samples or case.num_samples,
-                case.chunks,
-            )
-            networks[name] = measure(case, device=device, policy=policy, seed=options.seed)
-        record = {
-            "format": "lowrank_bdl-predict-vectorized",
-            "version": 1,
-            "environment": environment(device),
-            "networks": networks,
-        }
-    finally:
-        torch.set_num_threads(before)
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out / f"predict-vectorized-{hardware_label(device)}"
-    write_atomically(stem.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
-    write_atomically(stem.with_suffix(".md"), markdown(record))
-    print(markdown(record))
-    wrong = [row["contender"] for found in networks.values() for row in found["rows"] if row["status"] == "wrong"]
-    return 1 if wrong else 0
+    options = network_parser(PROG, __doc__, list(CASES), NUMBERS, 5.0).parse_args(argv)
+
+    def of_network(name: str, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+        case = CASES[name]
+        changes = {number: getattr(options, number) or getattr(case, number) for number in NUMBERS}
+        policy = policy_of(options, min_rounds=2, once_above_s=60.0)
+        return measure(replace(case, **changes), device=device, policy=policy, seed=options.seed)
+
+    return run_networks(PROG, "predict-vectorized", options, list(NUMBERS), of_network, markdown)
 
 
 if __name__ == "__main__":

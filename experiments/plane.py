@@ -38,7 +38,6 @@ from torch import Tensor
 from experiments import plane_plots
 from experiments.common import (
     RunDir,
-    SettingsError,
     format_table,
     parse_settings,
     replacing,
@@ -48,8 +47,7 @@ from experiments.common import (
 )
 from experiments.plane_settings import Settings, check
 from experiments.plane_sources import Scene, open_scene, projected
-from experiments.surface_bench import at_weights, evaluate
-from lowrank_bdl.errors import LowRankBDLError
+from experiments.surface_bench import at_weights, evaluate, finish
 from lowrank_bdl.surfaces.ellipse import swag_ellipse
 from lowrank_bdl.surfaces.evaluation import PointValues
 
@@ -153,11 +151,7 @@ def work(settings: Settings) -> str:
     device = resolve_device(settings.device)
     run = RunDir(settings, OUTPUTS, device)
     scene = open_scene(settings, device)
-    run.begin()
-    try:
-        return f"{experiment(scene(run), run)}\n\nwritten to {run.path}"
-    except LowRankBDLError as error:
-        raise SettingsError(" ".join(str(error).split())) from None
+    return finish(run, lambda: experiment(scene(run), run))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """What `experiments.plane` and `experiments.width` evaluate: a network, its images, and weights to start from."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import lowrank_bdl as lb
-from experiments.common import RunDir, fixed
+from experiments.common import RunDir, SettingsError, fixed
 from experiments.curve_bench import digest_of, read_values, write_values
 from experiments.datasets import Datasets
 from experiments.evaluation import BN_BATCH_SIZE, has_batch_norm
@@ -136,6 +136,19 @@ def at_weights(bench: Bench, thetas: Mapping[str, Tensor]) -> dict[str, dict[str
             found[name][f"{images}_loss"] = measured.loss[row].item()
             found[name][f"{images}_error"] = measured.error[row].item()
     return found
+
+
+def finish(run: RunDir, experiment: Callable[[], str]) -> str:
+    """Do the work of a script in its folder, now that everything is checked; return what to print.
+
+    Raises:
+        SettingsError: If the library refuses something.
+    """
+    run.begin()
+    try:
+        return f"{experiment()}\n\nwritten to {run.path}"
+    except lb.LowRankBDLError as error:
+        raise SettingsError(" ".join(str(error).split())) from None
 
 
 def run_folder(path: str) -> Path:

@@ -50,10 +50,9 @@ from experiments.common import (
 )
 from experiments.subspace_sources import Bench as RunBench
 from experiments.subspace_sources import open_bench
-from experiments.surface_bench import Bench, Kept, evaluate, last_weights, of_run
+from experiments.surface_bench import Bench, Kept, evaluate, finish, last_weights, of_run
 from experiments.surface_settings import SurfaceSettings, as_subspace, check_shared
 from experiments.uncertainty_settings import find_names
-from lowrank_bdl.errors import LowRankBDLError
 from lowrank_bdl.subspaces.principal import pca_subspace
 from lowrank_bdl.surfaces.ray import Ray
 from lowrank_bdl.surfaces.widths import (
@@ -261,11 +260,7 @@ def work(settings: Settings) -> str:
     run = RunDir(settings, OUTPUTS, device)
     opened = open_bench(as_subspace(settings), device)
     own = Work(of_run(settings, opened), opened, run)
-    run.begin()
-    try:
-        return f"{experiment(own)}\n\nwritten to {run.path}"
-    except LowRankBDLError as error:
-        raise SettingsError(" ".join(str(error).split())) from None
+    return finish(run, lambda: experiment(own))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -64,3 +64,17 @@ def killed_after(passes: int) -> Callable[..., Any]:
             raise KeyboardInterrupt
 
     return instead
+
+
+def refused(
+    main: Callable[[Sequence[str]], int], prog: str, capsys: pytest.CaptureFixture[str], path: Path, *arguments: str
+) -> str:
+    """Return the one line with which a script refuses its arguments; nothing is written then."""
+    try:
+        status = main(["--dir", str(path), *arguments])
+    except SystemExit as stopped:
+        status = int(stopped.code or 0)
+    captured = capsys.readouterr()
+    assert status == 2 and not path.exists() and captured.err.startswith(f"{prog}: error:")
+    assert captured.err.count("\n") == 1
+    return captured.err

@@ -23,7 +23,7 @@ from lowrank_bdl.surfaces.curves import BezierCurve
 from lowrank_bdl.surfaces.ellipse import swag_ellipse
 from lowrank_bdl.surfaces.evaluation import evaluate_points
 from lowrank_bdl.surfaces.plane import Plane
-from tests.experiments.surface_runs import LIMITS, by_hand, killed_after, make_run, quietly
+from tests.experiments.surface_runs import LIMITS, by_hand, killed_after, make_run, quietly, refused
 
 PROG = "python -m experiments.plane"
 FILES = {
@@ -208,37 +208,27 @@ def test_levels_are_close_together_at_the_bottom_and_bear_infinity() -> None:
         assert (np.diff(plane_plots.levels_of(odd)) > 0).all()
 
 
-def refused(capsys: pytest.CaptureFixture[str], path: Path, *arguments: str) -> str:
-    try:
-        status = plane.main(["--dir", str(path), *arguments])
-    except SystemExit as stopped:
-        status = int(stopped.code or 0)
-    captured = capsys.readouterr()
-    assert status == 2 and not path.exists() and captured.err.startswith(f"{PROG}: error:")
-    assert captured.err.count("\n") == 1
-    return captured.err
-
-
 def test_bad_settings_are_one_line_and_nothing_is_written(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def refuses(path: Path, *arguments: str) -> str:
+        return refused(plane.main, PROG, capsys, path, *arguments)
+
     path, own = tmp_path / "out", ("--run", str(trained))
-    assert "exactly one of --run, --curve, --ckpt, --toy is needed; got 0" in refused(capsys, path)
-    assert "got 2" in refused(capsys, path, *own, "--toy", "two_spirals")
-    assert "three different sets of weights" in refused(capsys, path, "--ckpt", "a,b,a")
-    assert "--grid_points must be at least 2; got 1" in refused(capsys, path, *own, "--grid_points", "1")
-    assert "--PC1 and --PC2 must differ; both are 1" in refused(capsys, path, *own, "--PC1", "1")
-    assert "--sigmas must be positive; got 0.0" in refused(capsys, path, *own, "--sigmas", "0")
-    assert "--margin_top must not be negative" in refused(capsys, path, *own, "--margin_top", "-1")
-    assert "--bn_subset must be in (0, 1]; got 2.0" in refused(capsys, path, *own, "--bn_subset", "2")
-    assert "--span pca: the deviations have numerical rank" in refused(capsys, path, *own, "--PC2", "9")
-    assert "there is no run of experiments.train" in refused(capsys, path, "--run", str(tmp_path))
-    assert "there is no such file" in refused(
-        capsys, path, "--curve", "x.st", "--model", "SmallConvNet", "--dataset", "digits"
-    )
-    assert "give --model and --dataset" in refused(capsys, path, "--curve", str(tmp_path / "x.safetensors"))
+    assert "exactly one of --run, --curve, --ckpt, --toy is needed; got 0" in refuses(path)
+    assert "got 2" in refuses(path, *own, "--toy", "two_spirals")
+    assert "three different sets of weights" in refuses(path, "--ckpt", "a,b,a")
+    assert "--grid_points must be at least 2; got 1" in refuses(path, *own, "--grid_points", "1")
+    assert "--PC1 and --PC2 must differ; both are 1" in refuses(path, *own, "--PC1", "1")
+    assert "--sigmas must be positive; got 0.0" in refuses(path, *own, "--sigmas", "0")
+    assert "--margin_top must not be negative" in refuses(path, *own, "--margin_top", "-1")
+    assert "--bn_subset must be in (0, 1]; got 2.0" in refuses(path, *own, "--bn_subset", "2")
+    assert "--span pca: the deviations have numerical rank" in refuses(path, *own, "--PC2", "9")
+    assert "there is no run of experiments.train" in refuses(path, "--run", str(tmp_path))
+    assert "there is no such file" in refuses(path, "--curve", "x.st", "--model", "SmallConvNet", "--dataset", "digits")
+    assert "give --model and --dataset" in refuses(path, "--curve", str(tmp_path / "x.safetensors"))
     gone = f"{trained},{tmp_path / 'a.pt'},{tmp_path / 'b.pt'}"
-    assert "there is no such file" in refused(capsys, path, "--ckpt", gone)
+    assert "there is no such file" in refuses(path, "--ckpt", gone)
 
 
 def test_another_run_is_not_gone_on_with(trained: Path, finished: Path, tmp_path: Path) -> None:

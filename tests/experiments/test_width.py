@@ -17,7 +17,7 @@ from experiments.surface_settings import as_subspace
 from experiments.width import RAYS, Settings, table
 from lowrank_bdl.subspaces.principal import pca_subspace
 from lowrank_bdl.surfaces.widths import random_orthogonal_directions
-from tests.experiments.surface_runs import LIMITS, by_hand, killed_after, make_run, quietly
+from tests.experiments.surface_runs import LIMITS, by_hand, killed_after, make_run, quietly, refused
 
 PROG = "python -m experiments.width"
 TINY = [*LIMITS, *"--dist 2 --N 3 --orth_dist 4 --orth_N 3 --K 2 --line_N 4".split()]
@@ -122,23 +122,15 @@ def test_the_table_says_where_a_width_is_beyond_the_last_point() -> None:
     assert rows[4].split() == "random (2) > 1 5 0.2500 50.00 25.00 2.00".split()
 
 
-def refused(capsys: pytest.CaptureFixture[str], path: Path, *arguments: str) -> str:
-    try:
-        status = width.main(["--dir", str(path), *arguments])
-    except SystemExit as stopped:
-        status = int(stopped.code or 0)
-    captured = capsys.readouterr()
-    assert status == 2 and not path.exists() and captured.err.startswith(f"{PROG}: error:")
-    assert captured.err.count("\n") == 1
-    return captured.err
-
-
 def test_bad_settings_are_one_line_and_nothing_is_written(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def refuses(path: Path, *arguments: str) -> str:
+        return refused(width.main, PROG, capsys, path, *arguments)
+
     path, own = tmp_path / "out", ("--run", str(trained))
-    assert "--run is needed" in refused(capsys, path)
-    assert "--dist must be positive; got 0.0" in refused(capsys, path, *own, "--dist", "0")
-    assert "--orth_N must be at least 2; got 1" in refused(capsys, path, *own, "--orth_N", "1")
-    assert "unknown kind of ray 'swa'; known are swag" in refused(capsys, path, *own, "--rays", "swa")
-    assert "there is no run of experiments.train" in refused(capsys, path, "--run", str(tmp_path))
+    assert "--run is needed" in refuses(path)
+    assert "--dist must be positive; got 0.0" in refuses(path, *own, "--dist", "0")
+    assert "--orth_N must be at least 2; got 1" in refuses(path, *own, "--orth_N", "1")
+    assert "unknown kind of ray 'swa'; known are swag" in refuses(path, *own, "--rays", "swa")
+    assert "there is no run of experiments.train" in refuses(path, "--run", str(tmp_path))
