@@ -174,7 +174,8 @@ def evaluate_points(
         points_per_pass: How many points share a reading of the data; None takes 16, or 256 where they are evaluated at
             once, or as many as fit into 2^24 numbers.
         known: What an earlier call returned or gave to ``on_values``: points whose loss is not NaN are left out.
-        on_values: Called with everything known so far after each pass: write it to a file to be able to resume.
+        on_values: Called with everything known so far after each pass: write it to a file to be able to resume. It is
+            given the same tensors every time, which are filled in further.
         progress: Show a progress bar over the points.
 
     Returns:
