@@ -89,7 +89,11 @@ class Curve(Surface):
 
     @property
     def points(self) -> Tensor:
-        """The n points stacked, shape ``(n, D)``, differentiably [parameter]. Cost: a copy."""
+        """The n points stacked, shape ``(n, D)``, differentiably [parameter]. Cost: a copy.
+
+        ``lb.curve_subspace(curve.points, curve.layout, control_points=True)`` is the subspace that a Bézier curve lies
+        in; leave ``control_points`` out for a chain.
+        """
         return torch.stack(self._vectors())
 
     def _vectors(self) -> list[Tensor]:

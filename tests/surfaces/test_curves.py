@@ -199,6 +199,14 @@ def test_a_curve_is_a_posterior_for_predict(generator: torch.Generator) -> None:
     assert bool((found.sample_means.std(0) > 1e-3).all())  # draws of their own
 
 
+@both
+def test_the_subspace_of_a_curve_holds_it(cls: type[Curve]) -> None:
+    curve = cls(random_points(4, 9))
+    subspace = lb.curve_subspace(curve.points, control_points=cls is BezierCurve)
+    thetas = curve(torch.linspace(0, 1, 11)).detach()
+    assert_close(subspace.to_theta(subspace.project(thetas)), thetas, cond=100)
+
+
 # ---- lengths ---------------------------------------------------------------------------------------------------------
 
 
