@@ -75,12 +75,25 @@ from lowrank_bdl.subspaces.subspace import Subspace
 from lowrank_bdl.subspaces.subspace_posterior import SubspacePosterior
 from lowrank_bdl.subspaces.variational import variational
 
+# surfaces
+from lowrank_bdl.surfaces.curves import BezierCurve, PolygonalChain
+from lowrank_bdl.surfaces.ellipse import projected_gaussian, swag_ellipse
+from lowrank_bdl.surfaces.evaluation import PointValues, evaluate_points
+from lowrank_bdl.surfaces.filter_normalization import filter_normalized
+from lowrank_bdl.surfaces.plane import Plane, plane
+from lowrank_bdl.surfaces.ray import Ray, ray
+from lowrank_bdl.surfaces.simplicial_complex import SimplicialComplex
+from lowrank_bdl.surfaces.surface_ensemble import SurfaceEnsemble
+from lowrank_bdl.surfaces.surface_model import SurfaceModel
+from lowrank_bdl.surfaces.widths import WidthProfile, orthogonal_width, pca_width, swag_width, width_profile
+
 # training
 from lowrank_bdl.training import schedules
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BezierCurve",
     "BlockDiagonalLinearOperator",
     "BlockPosterior",
     "CheckpointError",
@@ -111,9 +124,14 @@ __all__ = [
     "NotConvergedError",
     "NotPSDError",
     "ParameterLayout",
+    "Plane",
+    "PointValues",
+    "PolygonalChain",
     "Predictive",
+    "Ray",
     "SWAG",
     "ShapeError",
+    "SimplicialComplex",
     "SpectralDensity",
     "StaleError",
     "StochasticEstimate",
@@ -121,8 +139,11 @@ __all__ = [
     "StreamingMoments",
     "Subspace",
     "SubspacePosterior",
+    "SurfaceEnsemble",
+    "SurfaceModel",
     "TemperatureScaling",
     "WeightSnapshots",
+    "WidthProfile",
     "__version__",
     "coordinate_slice",
     "covariance_subspace",
@@ -132,6 +153,8 @@ __all__ = [
     "eigen_subspace",
     "elliptical_slice",
     "estimate_memory",
+    "evaluate_points",
+    "filter_normalized",
     "from_curvlinops",
     "homoscedastic_noise",
     "kl_divergence",
@@ -143,10 +166,15 @@ __all__ = [
     "metrics",
     "normalizing_flow",
     "nuts",
+    "orthogonal_width",
     "pca_subspace",
+    "pca_width",
+    "plane",
     "predict",
     "principal_subspace",
+    "projected_gaussian",
     "random_subspace",
+    "ray",
     "recalibrate_batch_norm",
     "recalibrate_batch_norm_",
     "relative_noise",
@@ -155,7 +183,10 @@ __all__ = [
     "sgld",
     "spectral_density",
     "split_rhat",
+    "swag_ellipse",
+    "swag_width",
     "to_scipy",
     "trace",
     "variational",
+    "width_profile",
 ]
