@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 import lowrank_bdl as lb
-from experiments import consistency_report, seed_study
+from experiments import learning_curves, seed_study
 from experiments.common import RunDir, SettingsError, parse_settings, resolve_device, run_script, setting
 from experiments.consistency_settings import Recipe, check_recipe
 from experiments.consistency_training import (
@@ -184,7 +184,7 @@ def work(settings: Settings) -> str:
     source, target = pair.source.name, pair.target.name
     where = "test images" if settings.use_test else "held-out training images"
     title = f"{settings.model} from {source} to {target}"
-    consistency_report.draw_curves(run.path / "curves.png", cells, settings.epochs, title)
+    learning_curves.draw_curves(run.path / "curves.png", cells, settings.epochs, title)
     notes = [
         f"{len(pair.source.train)} labelled images of {source}, {len(pair.target.train)} without labels of {target}.",
         f"Measured on {len(problem.held_out)} {where} of {target}, batch norm recalibrated on its training images",

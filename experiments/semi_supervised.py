@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from experiments import consistency_report, seed_study
+from experiments import learning_curves, seed_study
 from experiments.common import RunDir, SettingsError, parse_settings, resolve_device, run_script, setting
 from experiments.consistency_settings import Recipe, check_recipe
 from experiments.consistency_training import (
@@ -119,7 +119,7 @@ def work(settings: Settings) -> str:
     discard_checkpoints(run)
     where = "test images" if settings.use_test else "images held out of the training images"
     title = f"{settings.model} on {data.name}, {settings.n_labels} of {len(data.train)} training images with labels"
-    consistency_report.draw_curves(run.path / "curves.png", cells, settings.epochs, title)
+    learning_curves.draw_curves(run.path / "curves.png", cells, settings.epochs, title)
     return seed_study.finish(
         settings,
         run,
