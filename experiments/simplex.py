@@ -71,7 +71,7 @@ def halfway(count: int) -> Tensor:
 
 def connected(bench: Bench, run: RunDir, modes: list[Tensor]) -> tuple[dict[str, Any], dict[str, float]]:
     """Join the networks by shared points; measure the complex, and the middles of the straight lines."""
-    surface = grown(bench, run, COMPLEX, modes, bench.settings.connect, stream=0)
+    surface = grown(bench, run, COMPLEX, modes, bench.settings.connect, bench.settings.connect_epochs, stream=0)
     values = point_values(bench, run, COMPLEX, surface, random_points(bench, surface))
     plain = SimplicialComplex(modes, layout=bench.layout)
     straight = point_values(bench, run, "straight", plain, halfway(len(modes)))
@@ -100,7 +100,7 @@ def experiment(bench: Bench, run: RunDir, modes: list[Tensor]) -> str:
     modes = modes or train_networks(bench, run)
     based = time.perf_counter()
     surfaces = [
-        grown(bench, run, f"simplex-{number}", [mode], settings.n_verts - 1, stream=number)
+        grown(bench, run, f"simplex-{number}", [mode], settings.n_verts - 1, settings.epochs, stream=number)
         for number, mode in enumerate(modes, start=1)
     ]
     joined, between = connected(bench, run, modes) if settings.connect else (None, None)

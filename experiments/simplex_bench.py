@@ -60,7 +60,7 @@ def recipe_of(settings: Settings, *points: Tensor) -> str:
 
 
 def grown(
-    bench: Bench, run: RunDir, name: str, modes: Sequence[Tensor], num_new: int, stream: int
+    bench: Bench, run: RunDir, name: str, modes: Sequence[Tensor], num_new: int, epochs: int | None, stream: int
 ) -> SimplicialComplex:
     """Grow vertices one by one from modes that they all join, or go on where an earlier part of the run stopped.
 
@@ -70,6 +70,7 @@ def grown(
         name: Of the file.
         modes: Trained networks, each (D,).
         num_new: Vertices to add.
+        epochs: To train each.
         stream: Number of this complex, which decides its random numbers.
 
     Raises:
@@ -93,7 +94,7 @@ def grown(
         generator = torch.Generator().manual_seed(1_000_003 * settings.seed + 1009 * stream + new)
         surface.add_vertex(perturbation=settings.perturbation, generator=generator)
         net = SurfaceModel(bench.model, surface)
-        fit(bench, run, f"{name}-{new}", net, list(surface.parameters()), loss, int(settings.epochs or 0), identity)
+        fit(bench, run, f"{name}-{new}", net, list(surface.parameters()), loss, epochs or 0, identity)
         surface.save(path)
         (run.path / f"checkpoint-{name}-{new}.safetensors").unlink(missing_ok=True)
     surface.freeze()

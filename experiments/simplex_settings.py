@@ -9,8 +9,8 @@ from experiments.common import SettingsError, setting
 from experiments.hessian_points import LAST
 from experiments.uncertainty_settings import names, of_training
 
-TOY = dict(endpoint_epochs=300, epochs=100, lr=0.01, optimizer="Adam", wd=1e-4, batch_size=200)
-PUBLISHED = dict(endpoint_epochs=300, epochs=10, lr=0.01, optimizer="SGD")
+TOY = dict(endpoint_epochs=300, epochs=100, connect_epochs=200, lr=0.01, optimizer="Adam", wd=1e-4, batch_size=200)
+PUBLISHED = dict(endpoint_epochs=300, epochs=10, connect_epochs=75, lr=0.05, optimizer="SGD")  # see the help of --lr
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,13 @@ class Settings:
     epochs: int | None = setting(
         None, "epochs to train each vertex (default: 10; of --toy 100)", kind=int, alias="--simplex_epochs"
     )
-    lr: float | None = setting(None, "learning rate of a vertex's first epochs", kind=float, alias="--simplex_lr")
+    connect_epochs: int | None = setting(
+        None, "epochs to train each connecting point (default: 75; of --toy 200)", kind=int
+    )
+    lr: float | None = setting(
+        None, "learning rate of a vertex's first epochs (default: 0.05, as the authors' 0.01 is for the sum over 5 "
+        "points, and here it is for the mean; of --toy 0.01)", kind=float, alias="--simplex_lr",
+    )  # fmt: skip
     optimizer: str | None = setting(
         None, "of a vertex (default: SGD; of --toy Adam)", kind=str, choices=("SGD", "Adam")
     )
@@ -92,9 +98,9 @@ def check(settings: Settings) -> Settings:
     missing = {name: value for name, value in kind.items() if getattr(settings, name) is None}
     settings = dataclasses.replace(settings, **missing)
     at_least = dict(
-        n_component=1, n_verts=1, connect=0, epochs=1, endpoint_epochs=1, n_sample=1, volume=0, perturbation=0,
-        momentum=0, wd=0, batch_size=1, train_limit=1, num_samples=1, picture=0, eval_limit=1, bn_size=2, seed=0,
-        threads=0,
+        n_component=1, n_verts=1, connect=0, epochs=1, connect_epochs=1, endpoint_epochs=1, n_sample=1, volume=0,
+        perturbation=0, momentum=0, wd=0, batch_size=1, train_limit=1, num_samples=1, picture=0, eval_limit=1,
+        bn_size=2, seed=0, threads=0,
     )  # fmt: skip
     for name, least in at_least.items():
         value = getattr(settings, name)

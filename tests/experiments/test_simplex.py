@@ -21,7 +21,8 @@ from tests.oracles import assert_close
 
 TINY = (
     "--dataset digits --model SmallConvNet --train_limit 60 --batch_size 20 --endpoint_epochs 4 --epochs 1 "
-    "--n_component 2 --n_verts 3 --connect 1 --num_samples 3 --picture 3 --eval_limit 40 --use_test --threads 1"
+    "--connect_epochs 2 --n_component 2 --n_verts 3 --connect 1 --num_samples 3 --picture 3 --eval_limit 40 "
+    "--use_test --threads 1"
 ).split()
 TOY = (
     "--toy two_spirals --n_component 2 --n_verts 4 --endpoint_epochs 12 --epochs 3 --num_samples 4 --picture 3 "
@@ -146,7 +147,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(finished: Path, tmp
 
 def test_finished_runs_are_taken(finished: Path, tmp_path: Path) -> None:
     runs = ",".join(str(finished / f"network-{number}") for number in (1, 2))
-    more = "--epochs 1 --n_verts 1 --connect 1 --num_samples 2 --eval_limit 40 --threads 1".split()
+    more = "--connect_epochs 1 --n_verts 1 --connect 1 --num_samples 2 --eval_limit 40 --threads 1".split()
     assert run(tmp_path / "run", "--run", runs, *more) == 0
     found = results(tmp_path / "run")
     assert list(found["ensembles"]) == ["deep ensemble"] and list(found["points"]) == ["complex"]
