@@ -19,8 +19,8 @@ neither, averaged over the thresholds.
 
 Examples:
   python -m experiments.segmentation --dir runs/camvid --data_path DATA_DIR/camvid --model FCDenseNet57 --use_test
-      --crop 112 --batch_size 4 --epochs 40 --ft_start 30 --ft_batch_size 2 --swa_start 28 --collects_per_epoch 2
-      --lr_init 0.03 --swa_lr 0.01 --num_samples 10 --bn_size 100
+      --crop 112 --batch_size 4 --epochs 36 --ft_start 30 --ft_batch_size 2 --swa_start 26 --collects_per_epoch 2
+      --lr_init 0.02 --swa_lr 0.01 --num_samples 10 --bn_size 60 --amp bfloat16 --channels_last
   python -m experiments.segmentation --dir runs/camvid-full --data_path CAMVID_DIR --model FCDenseNet67 --use_test
 
 Writes to --dir: cells/seed-SEED.json (one for each network, so that a killed run goes on from there),
@@ -121,7 +121,7 @@ def make_network(settings: Settings, scenes: Scenes) -> nn.Module:
 def make_trainer(study: Study, seed: int) -> Trainer:
     settings = study.settings
     torch.manual_seed(seed)
-    model = make_network(settings, study.train).to(study.device)
+    model = make_network(settings, study.train).to(study.device, memory_format=study.train.memory_format)
     weight = median_frequency_weights(study.counts).to(study.device) if settings.use_weights else None
     loss: Loss = DenseCrossEntropy(VOID, weight)
     if settings.loss == "aleatoric":
@@ -322,8 +322,10 @@ def work(settings: Settings) -> str:
     """Check everything, then train and measure what is left; return what to print."""
     device = resolve_device(settings.device)
     run = RunDir(settings, OUTPUTS, device)
-    train_scenes = read_scenes(settings.data_path, "train", device, settings.train_limit)
-    held_out = read_scenes(settings.data_path, "test" if settings.use_test else "val", device, settings.eval_limit)
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    held = "test" if settings.use_test else "val"
+    train_scenes = read_scenes(settings.data_path, "train", device, settings.train_limit, layout)
+    held_out = read_scenes(settings.data_path, held, device, settings.eval_limit, layout)
     counts = class_counts(train_scenes.labels)
     if not bool(counts.sum()):
         raise SettingsError("the training scenes have no labelled pixel")

@@ -33,11 +33,13 @@ class Scenes:
         images: Shape (N, 3, H, W), uint8.
         labels: Classes (N, H, W), uint8; `VOID` where there is none.
         how: What pixels become.
+        memory_format: Of the batches.
     """
 
     images: Tensor
     labels: Tensor
     how: Preparation
+    memory_format: torch.memory_format = torch.contiguous_format
 
     def __len__(self) -> int:
         return len(self.images)
@@ -80,7 +82,8 @@ class SceneBatches:
             images, labels = scenes.images[index], scenes.labels[index]
             if self.seed is not None:
                 images, labels = cropped(images, labels, self.crop, generator)
-            yield scenes.how.inputs(images), labels.to(scenes.how.device, torch.int64)
+            inputs = scenes.how.inputs(images).contiguous(memory_format=scenes.memory_format)
+            yield inputs, labels.to(scenes.how.device, torch.int64)
 
 
 def cropped(images: Tensor, labels: Tensor, size: int | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -104,7 +107,13 @@ def cropped(images: Tensor, labels: Tensor, size: int | None, generator: torch.G
     return found[0], found[1]
 
 
-def read_scenes(data_path: str | None, split: str, device: torch.device, limit: int | None = None) -> Scenes:
+def read_scenes(
+    data_path: str | None,
+    split: str,
+    device: torch.device,
+    limit: int | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Scenes:
     """Read the scenes of a split.
 
     Args:
@@ -112,6 +121,7 @@ def read_scenes(data_path: str | None, split: str, device: torch.device, limit: 
         split: train, val or test.
         device: Where batches go.
         limit: Read only the first scenes.
+        memory_format: Of the batches.
 
     Raises:
         SettingsError: If files are missing, damaged, of different sizes, or hold other labels.
@@ -132,9 +142,8 @@ def read_scenes(data_path: str | None, split: str, device: torch.device, limit: 
         if labels[-1].max() > VOID:
             raise SettingsError(f"{label}: labels must be 0 to {VOID}; got {labels[-1].max()}")
     how = Preparation(CAMVID.mean, CAMVID.std, None, device)
-    return Scenes(
-        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(np.stack(labels)), how
-    )
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return Scenes(pixels, torch.from_numpy(np.stack(labels)), how, memory_format)
 
 
 def find_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:

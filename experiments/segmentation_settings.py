@@ -53,7 +53,8 @@ class Settings:
 
     seeds: int = setting(1, "networks", free=True)
     first_seed: int = setting(1, "seed of the first: of initial weights, crops and weight samples", free=True)
-    amp: str = setting("none", "mixed precision", choices=("none", "bfloat16"))
+    amp: str = setting("none", "mixed precision of the training", choices=("none", "bfloat16"))
+    channels_last: bool = setting(False, "keep images and filters with their channels last in memory: faster on CPUs")
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA where there is some", free=True)
     threads: int = setting(0, "CPU threads, 0 for torch's choice", free=True)
     resume: bool = setting(
