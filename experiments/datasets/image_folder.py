@@ -66,6 +66,18 @@ class StreamedSplit:
         """Iterate in an order drawn once from `generator`; the same as that of a `Split` of as many images."""
         return StreamedBatches(self, batch_size, torch.randperm(len(self), generator=generator))
 
+    def random_crops(self, batch_size: int, seed: int) -> "StreamedBatches":
+        """Iterate in a random order over random parts of the images, as networks are trained on ImageNet.
+
+        Each part has 8 to 100 % of its image's area and is resized, one in two is mirrored; torchvision draws them.
+
+        Args:
+            batch_size: Images in a batch.
+            seed: Decides order and parts: every iteration gives the same, whatever the number of workers.
+        """
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return StreamedBatches(self, batch_size, order, seed)
+
     def first(self, n: int) -> "StreamedSplit":
         return StreamedSplit(self.files.select(torch.arange(min(n, len(self)))), self.how)
 
@@ -77,6 +89,7 @@ class StreamedBatches:
     split: StreamedSplit
     batch_size: int
     order: Tensor
+    crop_seed: int | None = None
 
     def __len__(self) -> int:
         return -(-len(self.split) // self.batch_size)
@@ -84,7 +97,7 @@ class StreamedBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         how, files = self.split.how, self.split.files
         loader = DataLoader(
-            _Pictures(files, _size(how)),
+            _Pictures(files, _size(how), self.crop_seed),
             batch_sampler=[index.tolist() for index in self.order.split(self.batch_size)],
             num_workers=how.num_workers,
             collate_fn=_collate,
@@ -101,20 +114,33 @@ def _size(how: Preparation) -> int:
 
 
 class _Pictures(Dataset[tuple[Tensor | str, int]]):
-    """Pixels (3, size, size), uint8, of one file and its index; a file that cannot be read gives a message instead."""
+    """Pixels (3, size, size), uint8, of one file and its index; a file that cannot be read gives a message instead.
 
-    def __init__(self, files: Files, size: int) -> None:
-        self.files, self.size = files, size
+    Args:
+        files: Where they are.
+        size: Height and width to bring them to [pixels].
+        crop_seed: Seed of random crops; None keeps the middle of every image.
+    """
+
+    def __init__(self, files: Files, size: int, crop_seed: int | None = None) -> None:
+        self.files, self.size, self.crop_seed = files, size, crop_seed
 
     def __getitem__(self, index: int) -> tuple[Tensor | str, int]:
         from torchvision.datasets.folder import default_loader
-        from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
+        from torchvision.transforms import RandomResizedCrop
+        from torchvision.transforms.functional import center_crop, hflip, pil_to_tensor, resize
 
         path = self.files.paths[index]
         try:
             image = default_loader(path)
         except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for damaged files
             return f"cannot read the image {path}: {' '.join(str(error).split())}", index
+        if self.crop_seed is not None:
+            with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+                torch.manual_seed((self.crop_seed * 1_000_003 + index) % 2**63)
+                image = RandomResizedCrop(self.size, antialias=True)(image)
+                mirrored = bool(torch.rand(()) < 0.5)
+            return pil_to_tensor(hflip(image) if mirrored else image), index
         if image.size != (self.size, self.size):
             # ImageNet's protocol for testing: 256 pixels on the shorter side, of which the central 224 are kept.
             image = center_crop(resize(image, [round(self.size * 256 / 224)], antialias=True), [self.size, self.size])

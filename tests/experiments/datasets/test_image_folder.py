@@ -10,6 +10,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from experiments.common import SettingsError
 from experiments.datasets import Datasets, LabelledImages, Split, load_dataset
+from experiments.datasets.image_folder import StreamedSplit
 from tests.experiments.datasets.writers import write_tree
 
 CLASSES = ["ant", "bee", "cat"]
@@ -144,3 +145,22 @@ def test_trees_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train" / "empty").mkdir()
     with pytest.raises(SettingsError, match="^[^\n]*train: Found no valid file for the classes empty[^\n]*$"):
         load(tmp_path)
+
+
+def test_random_crops_are_a_function_of_the_seed(tmp_path: Path, tree: dict[str, torch.Tensor]) -> None:
+    write_tree(tmp_path / "large" / "train", CLASSES, 3, (40, 56), "png")
+    write_tree(tmp_path / "large" / "val", CLASSES, 1, (40, 56), "png")
+    split = load(tmp_path / "large", use_test=True, image_size=16).train
+    assert isinstance(split, StreamedSplit)
+    state = torch.get_rng_state()
+    batches = split.random_crops(4, seed=3)
+    first, again = list(batches), list(batches)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [len(targets) for _, targets in first] == [4, 4, 1] and len(batches) == 3
+    assert all(torch.equal(a, b) and torch.equal(c, d) for (a, c), (b, d) in zip(first, again, strict=True))
+    assert first[0][0].shape == (4, 3, 16, 16)
+    assert sorted(torch.cat([targets for _, targets in first]).tolist()) == [0] * 3 + [1] * 3 + [2] * 3
+    other = next(iter(split.random_crops(4, seed=4)))[0]
+    assert not torch.equal(first[0][0], other)
+    in_batches_of_2 = torch.cat([images for images, _ in split.random_crops(2, seed=3)])
+    assert torch.equal(torch.cat([images for images, _ in first]), in_batches_of_2)
