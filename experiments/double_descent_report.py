@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullLocator
 
 from experiments import plots
 from experiments.common import format_table
@@ -105,9 +106,8 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
         for axes in (errors, losses):
             axes.set_xscale("log")
             axes.set_xticks(widths, [str(width) for width in widths])
-            axes.minorticks_off()
+            axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlabel("width: channels of the first stage")
-        losses.tick_params(axis="y", which="minor", length=2)
         errors.legend(loc="best", fontsize=10)
         figure.suptitle(title)
         plots._save(figure, path)

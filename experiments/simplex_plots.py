@@ -141,7 +141,9 @@ def picture(path: Path, surface: SimplicialComplex, loss: Tensor, steps: int, la
         axes.set_ylim(shown[:, 1].min(), shown[:, 1].max())
         low, high = (norm.vmin, norm.vmax) if flat else (shown[:, 2].min(), shown[:, 2].max())
         axes.set_zlim(low, high if high > low else low + 1e-9)
-        if not flat:
+        if flat:
+            axes.set_zticklabels([])  # the height is the colour's value
+        else:
             axes.set_box_aspect(np.maximum(np.ptp(shown, axis=0), 0.15 * np.ptp(shown)))
             axes.set_zlabel("weights")
         axes.set_xlabel("weights")

@@ -44,7 +44,10 @@ class Settings:
     wd: float | None = setting(
         None, "weight decay of points of a simplex (default: that of the first run; else 1e-4)", kind=float
     )
-    volume: float = setting(1e-6, "weight of the log-volume in the loss [nats]", alias="--LMBD")
+    volume: float = setting(
+        1e-3, "weight of the log-volume in the loss [nats]; with the authors' 1e-6 small networks' simplexes stay thin",
+        alias="--LMBD",
+    )  # fmt: skip
     n_sample: int = setting(1, "points of the simplex in every training batch (the authors' scripts: 5)")
     perturbation: float = setting(
         0.05, "where a vertex starts: off the centroid, by this fraction of the vertices' spread"
