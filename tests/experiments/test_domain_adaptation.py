@@ -16,10 +16,11 @@ from sklearn.datasets import load_digits
 from torchvision import datasets as published
 
 from experiments import domain_adaptation
+from experiments.common import SettingsError
 from experiments.consistency_training import make_trainer
 from experiments.datasets import Split
 from experiments.domain_adaptation import KINDS, Settings, load_pair, make_problem
-from tests.experiments.datasets.writers import md5, write_idx
+from tests.experiments.datasets.writers import md5, write_cifar, write_idx, write_mnist, write_stl10
 
 TINY = (
     "--source MNIST --target digits --image_size 8 --epochs 2 --cycle_interval 2 --num_cycles 1 --batch_size 60 "
@@ -112,6 +113,29 @@ def test_the_two_sets_never_share_batch_statistics(finished: Path) -> None:
     trainer.model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     trainer.train_epoch(lambda generator: problem.streams(generator, False))
     assert problem.steps == 797 // 40 and sizes == [20, 40, 40] * problem.steps
+
+
+def test_sets_must_fit_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar(tmp_path, monkeypatch, "CIFAR10")
+    write_mnist(tmp_path, monkeypatch, "FashionMNIST")
+
+    def load(source: str, target: str) -> domain_adaptation.Pair:
+        settings = Settings(dir="-", data_path=str(tmp_path), source=source, target=target, use_test=True, image_size=8)
+        return load_pair(settings, torch.device("cpu"))
+
+    with pytest.raises(SettingsError, match="--source CIFAR10 has 3 channels and --target digits has 1"):
+        load("CIFAR10", "digits")
+    with pytest.raises(SettingsError, match="no map from the classes of digits to those of FashionMNIST"):
+        load("FashionMNIST", "digits")
+
+
+def test_classes_of_the_target_are_counted_as_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar(tmp_path, monkeypatch, "CIFAR10")
+    written = write_stl10(tmp_path, monkeypatch)
+    settings = Settings(dir="-", data_path=str(tmp_path), source="CIFAR10", target="STL10", use_test=True, image_size=8)
+    found = load_pair(settings, torch.device("cpu")).held_out.targets.tolist()
+    names = [0, 2, 1, 3, 4, 5, 7, 6, 8, 9]  # of STL10's classes, in CIFAR-10's order; monkeys are counted as frogs
+    assert found == [names[label] for label in written["test"][1].tolist()]
 
 
 @pytest.mark.parametrize(
