@@ -16,7 +16,7 @@ Examples:
   python -m experiments.language --text file --text_path BOOK.txt --hidden 256 --layers 6 --seq_len 256 --dir runs/book
 
 Writes to --dir: cells/seed-N.json, log.jsonl, table.txt, methods.png, perplexity.png (validation text, by epoch),
-results.json (last), settings.json, environment.json, command.sh
+sample.txt (what SWA of the first seed writes), results.json (last), settings.json, environment.json, command.sh
 """
 
 import math
@@ -28,14 +28,22 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from experiments import plots, seed_study
-from experiments.common import RunDir, SettingsError, parse_settings, resolve_device, run_script, setting
+from experiments.common import (
+    RunDir,
+    SettingsError,
+    parse_settings,
+    resolve_device,
+    run_script,
+    setting,
+    write_atomically,
+)
 from experiments.language_methods import BASELINE, one_seed
 from experiments.language_models import MODELS
 from experiments.language_text import Text, load_text
 from experiments.seed_study import Cell, Measure
 
 PROG = "python -m experiments.language"
-OUTPUTS = (*seed_study.OUTPUTS, "perplexity.png")
+OUTPUTS = (*seed_study.OUTPUTS, "perplexity.png", "sample.txt")
 MEASURES = (
     Measure("perplexity", "perplexity of a character", 3, less_is_better=True),
     Measure("bits", "bits a character", 3, less_is_better=True),
@@ -152,6 +160,7 @@ def work(settings: Settings) -> str:
     run.begin()
     cells = seed_study.run_seeds(settings, run, lambda seed: one_seed(settings, text, device, seed))
     draw_curves(run, cells, settings)
+    write_atomically(run.path / "sample.txt", cells[0]["sample"] + "\n")
     parameters, snapshots = cells[0]["parameters"], cells[0]["snapshots"]
     title = f"{settings.model} on {text.description}, {settings.epochs} epochs"
     note = (

@@ -12,6 +12,7 @@ import lowrank_bdl as lb
 from experiments.language_models import make_model
 from experiments.language_text import Text, Windows, ngram_log_probabilities, training_windows
 from experiments.two_runs import rate_schedule, train_two
+from lowrank_bdl.parameters.functional import evaluation_mode
 from lowrank_bdl.posteriors.snapshots import WeightSnapshots
 from lowrank_bdl.training import averages
 from lowrank_bdl.training.collection import Collection
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from experiments.language import Settings
 
 BASELINE = "unigram"
+SAMPLE = 500  # characters that SWA writes
 Curves: TypeAlias = "dict[str, list[tuple[int, float]]]"  # epoch and NLL [nats] on the validation text, by method
 
 
@@ -59,6 +61,7 @@ def one_seed(settings: "Settings", text: Text, device: torch.device, seed: int) 
         "methods": methods,
         "validation": validation,
         "curves": curves,
+        "sample": write(settings, text, decayed.model, swag.mean, seed),
         "parameters": swag.layout.numel,
         "snapshots": swag.n_averaged,
         "train_loss": {"decayed": decayed.history[-1]["loss"], "constant": averaged.history[-1]["loss"]},
@@ -120,6 +123,21 @@ def weights_of(settings: "Settings", trainer: Trainer) -> dict[str, Tensor]:
         "LAWA": lawa.posterior().mean,
         "SWA": swag.mean,
     }
+
+
+@torch.no_grad()
+def write(settings: "Settings", text: Text, model: nn.Module, weights: Tensor, seed: int) -> str:
+    """Let a network with given weights (D,) go on from the first window of the test text."""
+    network = lb.FunctionalModel(model)
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    written = text.test[: settings.seq_len].tolist()
+    with evaluation_mode(model):
+        for _ in range(SAMPLE):
+            inputs = torch.tensor([written[-settings.seq_len :]], device=device)
+            logits = network(weights, inputs)[0, : len(text.characters), -1]
+            written.append(int(torch.multinomial(logits.softmax(0).cpu(), 1, generator=generator)))
+    return "".join(text.characters[number] for number in written[settings.seq_len :])
 
 
 # ---- predictions -----------------------------------------------------------------------------------------------------

@@ -62,6 +62,8 @@ def test_learns_but_not_more_than_there_is(finished: Path) -> None:
     assert [epoch for epoch, _ in cell["curves"]["SWA"]] == [3, 4, 5]
     assert cell["curves"]["SWA"][-1][1] == pytest.approx(cell["validation"]["SWA"]["nll"], rel=1e-5)
     assert cell["methods"]["AdamW"] != found["cells"][1]["methods"]["AdamW"]
+    sample = (finished / "sample.txt").read_text().removesuffix("\n")
+    assert len(sample) == 500 and len(set(sample)) > 5 and set(sample) <= set(found["characters"])
     assert "unigram (baseline)" in (finished / "table.txt").read_text()
     for name in ("methods.png", "perplexity.png"):
         assert imread(finished / name)[..., :3].std() > 0.01
