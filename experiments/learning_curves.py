@@ -47,6 +47,6 @@ def draw_curves(
             panel.set_title(kind)
             panel.set_xlabel(xlabel)
         axes[0, 0].set_ylabel(ylabel)
-        axes[0, -1].legend(loc="lower right")
+        axes[0, -1].legend(loc="best")
         figure.suptitle(title, fontsize=12)
         plots._save(figure, path)
