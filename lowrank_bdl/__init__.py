@@ -30,6 +30,7 @@ from lowrank_bdl.linalg.moments import StreamingMoments
 from lowrank_bdl.linalg.multivariate_normal import MultivariateNormal
 from lowrank_bdl.linalg.probing import StochasticEstimate
 from lowrank_bdl.linalg.ring_buffer import DeviationBuffer
+from lowrank_bdl.linalg.simplex_volume import log_simplex_volume
 from lowrank_bdl.linalg.spectral_density import SpectralDensity, spectral_density
 from lowrank_bdl.linalg.stochastic_trace import diagonal, trace
 
@@ -160,6 +161,7 @@ __all__ = [
     "kl_divergence",
     "lanczos",
     "load_posterior",
+    "log_simplex_volume",
     "logdet",
     "low_rank_gaussian",
     "map_estimate",
