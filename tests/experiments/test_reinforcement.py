@@ -125,9 +125,9 @@ def test_measuring_leaves_the_agent_as_it_was() -> None:
     layout = lb.ParameterLayout.from_module(module)
     before = layout.flatten(module).clone()
     evaluator = agents.Evaluator(settings, 0)
-    with pytest.raises(KeyError), agents.with_weights(module, torch.zeros_like(before), layout):
+    with pytest.raises(KeyError, match="inside"), agents.with_weights(module, torch.zeros_like(before), layout):
         assert not layout.flatten(module).any()
-        raise KeyError
+        raise KeyError("inside")
     assert torch.equal(layout.flatten(module), before)
     swag = lb.SWAG(module, rank=1)
     swag.update_parameters(module)
