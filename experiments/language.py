@@ -11,7 +11,7 @@ before them. The baseline counts characters.
 
 Examples:
   python -m experiments.language --model GPT
-  python -m experiments.language --model LSTM --hidden 256 --layers 1 --dir runs/lstm
+  python -m experiments.language --model LSTM --lr_init 5e-3 --swa_lr 5e-3 --dir runs/lstm
   python -m experiments.language --text markov --length 200000 --epochs 8 --dir runs/markov
   python -m experiments.language --text file --text_path BOOK.txt --hidden 256 --layers 6 --seq_len 256 --dir runs/book
 
