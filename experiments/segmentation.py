@@ -1,7 +1,7 @@
 """Segment street scenes: a fully convolutional DenseNet on CamVid; SGD, dropout, SWA and SWAG, pixel by pixel.
 
 Majority   the frequencies of the classes among the training pixels, for every pixel: what learns nothing of images
-SGD        the last iterate
+SGD        the last iterate, by the name of --optimizer
 Dropout    the same, with the dropout layers random: the average over --num_samples masks
 SWA        the mean of the iterates collected every --swa_c_epochs epochs after --swa_start
 SWAG-Diag  a Gaussian around that mean with the iterates' variances (scale 1, rank 0)
@@ -20,7 +20,7 @@ neither, averaged over the thresholds.
 Examples:
   python -m experiments.segmentation --dir runs/camvid --data_path DATA_DIR/camvid --model FCDenseNet57 --use_test
       --crop 112 --batch_size 4 --epochs 36 --ft_start 30 --ft_batch_size 2 --swa_start 26 --collects_per_epoch 2
-      --lr_init 0.02 --swa_lr 0.01 --num_samples 10 --bn_size 60 --amp bfloat16 --channels_last
+      --optimizer Adam --lr_init 1e-3 --swa_lr 5e-4 --num_samples 10 --bn_size 60 --amp bfloat16 --channels_last
   python -m experiments.segmentation --dir runs/camvid-full --data_path CAMVID_DIR --model FCDenseNet67 --use_test
 
 Writes to --dir: cells/seed-SEED.json (one for each network, so that a killed run goes on from there),
@@ -81,7 +81,6 @@ MEASURES = (
     Measure("ece", "ECE [%]", less_is_better=True),
     Measure("pavpu", "PAvPU [%]"),
 )
-SHOWN = ("SGD", "SWAG")  # in the figure of maps
 See = Callable[[int, Predictive], None]
 
 
@@ -261,19 +260,19 @@ def one_seed(study: Study, seed: int) -> dict[str, Any]:
     assert isinstance(swag, lb.SWAG)
     last = swag.layout.flatten(model)
     weights: dict[str, Any] = {
-        "SGD": last,
+        settings.optimizer: last,
         "Dropout": last,
         "SWA": swag.mean,
         "SWAG-Diag": swag.posterior(scale=1.0, rank=0),
         "SWAG": swag.posterior(scale=settings.scale),
     }
     shown = torch.linspace(0, len(study.held_out) - 1, min(settings.maps, len(study.held_out))).long().tolist()
-    maps: dict[str, list[Map]] = {method: [] for method in SHOWN}
+    maps: dict[str, list[Map]] = {settings.optimizer: [], "SWAG": []}
     numbers, curves = {}, {}
     numbers[BASELINE], curves[BASELINE] = measure(study, majority(study))
     for method, own in weights.items():
         found = predictions(study, model, own, dropout=method == "Dropout", seed=seed)
-        see = partial(keep_maps, maps[method], shown) if method in SHOWN else lambda start, part: None
+        see = partial(keep_maps, maps[method], shown) if method in maps else lambda start, part: None
         numbers[method], curves[method] = measure(study, found, see)
         study.run.log(seed=seed, method=method, **numbers[method])
     if seed == settings.first_seed:
@@ -305,7 +304,7 @@ def draw_first(study: Study, trainer: Trainer, shown: Sequence[int], maps: dict[
     ]
     plots.training_curves(
         study.run.path / "training.png",
-        {"SGD": ("SGD", records)},
+        {settings.optimizer: ("SGD", records)},
         settings.swa_start,
         "test" if settings.use_test else "validation",
     )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from experiments import plots
 from experiments.segmentation_data import CLASS_NAMES
@@ -22,9 +23,13 @@ PALETTE = np.array(
     dtype=np.uint8,
 )  # fmt: skip
 STYLES = {
-    "Majority": ("#999999", ":"), "SGD": ("#000000", "-"), "Dropout": ("#CC79A7", "-"), "SWA": ("#009E73", "-"),
-    "SWAG-Diag": ("#0072B2", "-"), "SWAG": ("#D55E00", "-"),
-}  # fmt: skip
+    "Majority": ("#999999", ":"),
+    **dict.fromkeys(("SGD", "RMSProp", "Adam"), ("#000000", "-")),
+    "Dropout": ("#CC79A7", "-"),
+    "SWA": ("#009E73", "-"),
+    "SWAG-Diag": ("#0072B2", "-"),
+    "SWAG": ("#D55E00", "-"),
+}
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ def uncertainty_maps(
                 if row == len(images) - 1 and most is not None:
                     bar = figure.colorbar(drawn, ax=panel, orientation="horizontal", fraction=0.06, pad=0.04)
                     bar.ax.tick_params(labelsize=7)
+                    bar.locator = MaxNLocator(3)
                     bar.set_label("nats", fontsize=8)
         handles = [Patch(color=PALETTE[i] / 255, label=name) for i, name in enumerate((*CLASS_NAMES, "no label"))]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)

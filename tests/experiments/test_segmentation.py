@@ -131,10 +131,11 @@ def test_goes_on_from_the_last_checkpoint_with_the_same_numbers(finished: Path, 
 def test_the_aleatoric_loss_and_weights_of_classes(camvid: Path, tmp_path: Path) -> None:
     with redirect_stdout(StringIO()):
         options = "--loss aleatoric --aleatoric_draws 2 --use_weights --epochs 2 --ft_start 5 --swa_start 0 --use_test"
-        options += " --channels_last --amp bfloat16"
+        options += " --channels_last --amp bfloat16 --optimizer Adam --lr_init 0.001"
         assert run(tmp_path / "run", camvid, *options.split(), "--train_limit", "2", "--eval_limit", "1") == 0
     found = results(tmp_path / "run")
     assert found["data"]["scenes"] == {"train": 2, "held_out": 1}
+    assert "Adam" in found["summary"] and "SGD" not in found["summary"]
     assert math.isfinite(found["summary"]["SWAG"]["nll"]["mean"])
 
 
