@@ -14,8 +14,8 @@ recalibrated for every set of weights on random crops of the training images (--
 No prediction is kept: a batch is measured, and forgotten. Nothing is chosen on the test images.
 
 Examples:
-  python -m experiments.imagenet --dir runs/generated --model resnet50 --image_size 64 --batch_size 32 --epochs 12
-      --lr_init 0.02 --swa_start 8 --swa_lr 0.01 --num_samples 10 --generated 10x40 --use_test --seeds 3
+  python -m experiments.imagenet --dir runs/generated --model resnet50 --image_size 64 --batch_size 32 --epochs 20
+      --lr_init 0.01 --swa_start 14 --swa_lr 0.005 --num_samples 10 --generated 10x40 --use_test --seeds 3
   python -m experiments.imagenet --dir runs/imagenet --data_path IMAGENET_DIR --model resnet50 --weights resnet50.pth
       --use_test --epochs 10 --swa_lr 0.001 --lr_init 0.001 --bn_fraction 0.1 --swa_cpu --amp bfloat16
 

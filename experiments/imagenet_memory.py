@@ -94,12 +94,12 @@ def draw(path: Path, rows: Sequence[MemoryRow], title: str) -> None:
             place = [i + shift for i in range(len(rows))]
             axes.barh(place, [getattr(row, name) / GIB for row in rows], 0.38, color=color, label=name)
         for i, row in enumerate(rows):
-            axes.annotate(f" {row.ratio - 1:+.1%}", (row.measured / GIB, i + 0.2), va="center", fontsize=9)
+            axes.annotate(f" {row.ratio - 1:+.2%}", (row.measured / GIB, i + 0.2), va="center", fontsize=9)
         axes.set_yticks(range(len(rows)), [row.operation for row in rows])
         axes.invert_yaxis()
         axes.margins(x=0.15)
         axes.grid(False, axis="y")
         axes.set_xlabel("memory at the worst moment [GiB]")
         axes.set_title(title, fontsize=11)
-        axes.legend(loc="best", fontsize=9)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=9)
         plots._save(figure, path)
