@@ -50,6 +50,7 @@ from experiments.segmentation_data import (
     facts,
     median_frequency_weights,
     read_scenes,
+    spread,
 )
 from experiments.segmentation_plots import Map
 from experiments.segmentation_settings import Settings, check
@@ -103,7 +104,7 @@ class Study:
     def bn_batches(self) -> Any:
         """Training scenes as the weights last saw them."""
         size = self.settings.batch_size if self.crop else self.settings.ft_batch_size
-        return self.train.first(self.settings.bn_size).as_trained(size, self.crop, seed=0)
+        return self.train.spread(self.settings.bn_size).as_trained(size, self.crop, seed=0)
 
 
 def make_network(settings: Settings, scenes: Scenes) -> nn.Module:
@@ -266,7 +267,7 @@ def one_seed(study: Study, seed: int) -> dict[str, Any]:
         "SWAG-Diag": swag.posterior(scale=1.0, rank=0),
         "SWAG": swag.posterior(scale=settings.scale),
     }
-    shown = torch.linspace(0, len(study.held_out) - 1, min(settings.maps, len(study.held_out))).long().tolist()
+    shown = spread(len(study.held_out), settings.maps)
     maps: dict[str, list[Map]] = {settings.optimizer: [], "SWAG": []}
     numbers, curves = {}, {}
     numbers[BASELINE], curves[BASELINE] = measure(study, majority(study))

@@ -49,9 +49,10 @@ class Scenes:
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
-    def first(self, n: int | None) -> "Scenes":
-        """Keep the first n, or all."""
-        return replace(self, images=self.images[:n], labels=self.labels[:n])
+    def spread(self, n: int | None) -> "Scenes":
+        """Keep n scenes from beginning to end, or all; see `spread`."""
+        index = spread(len(self), n)
+        return replace(self, images=self.images[index], labels=self.labels[index])
 
     def batches(self, batch_size: int) -> "SceneBatches":
         """Iterate over whole scenes in order; the last batch may be smaller."""
@@ -84,6 +85,13 @@ class SceneBatches:
                 images, labels = cropped(images, labels, self.crop, generator)
             inputs = scenes.how.inputs(images).contiguous(memory_format=scenes.memory_format)
             yield inputs, labels.to(scenes.how.device, torch.int64)
+
+
+def spread(count: int, n: int | None) -> list[int]:
+    """Return n evenly spaced indices of `count` scenes, or all: neighbours are frames of one drive, and alike."""
+    if n is None or n >= count:
+        return list(range(count))
+    return [i * count // n for i in range(n)]
 
 
 def cropped(images: Tensor, labels: Tensor, size: int | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -120,7 +128,7 @@ def read_scenes(
         data_path: The folder; see `FETCH`.
         split: train, val or test.
         device: Where batches go.
-        limit: Read only the first scenes.
+        limit: Read only so many scenes, evenly spaced.
         memory_format: Of the batches.
 
     Raises:
@@ -129,7 +137,8 @@ def read_scenes(
     import_torchvision("CamVid")
     if data_path is None:
         raise SettingsError(f"--data_path is needed, the folder of CamVid; {FETCH}")
-    pairs = find_pairs(Path(data_path), split)[:limit]
+    every = find_pairs(Path(data_path), split)
+    pairs = [every[i] for i in spread(len(every), limit)]
     images, labels = [], []
     for image, label in tqdm(pairs, desc=f"reading {split}", unit="scene", leave=False, disable=None):
         images.append(_pixels(image, "RGB"))

@@ -23,12 +23,14 @@ from experiments.segmentation_data import (
     find_pairs,
     median_frequency_weights,
     read_scenes,
+    spread,
 )
 
 CPU = torch.device("cpu")
 TINY = (
     "--model FCDenseNet57 --epochs 3 --crop 32 --batch_size 2 --ft_start 2 --ft_batch_size 2 --swa_start 1 "
-    "--max_num_models 2 --num_samples 2 --eval_freq 3 --checkpoint_freq 1 --maps 2 --threads 1"
+    "--max_num_models 2 --num_samples 2 --bn_size 2 --eval_freq 3 --checkpoint_freq 1 "
+    "--maps 2 --threads 1"
 ).split()
 
 
@@ -113,13 +115,16 @@ def test_what_is_measured_is_of_the_labelled_pixels(finished: Path, camvid: Path
 
 
 def test_goes_on_from_the_last_checkpoint_with_the_same_numbers(finished: Path, camvid: Path, tmp_path: Path) -> None:
-    """Killed while it was measuring: training is not done again, and everything comes out the same."""
+    """Killed in the last epoch: that epoch does the same arithmetic again, dropout included."""
     path = tmp_path / "run"
-    path.mkdir()
-    for name in ("checkpoint-1.safetensors", "settings.json"):
-        (path / name).write_bytes((finished / name).read_bytes())
-    settings = json.loads((path / "settings.json").read_text()) | {"dir": str(path)}
-    (path / "settings.json").write_text(json.dumps(settings))
+
+    def stopping(*args: Any) -> None:  # the first evaluation is after the last epoch, before its checkpoint
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segmentation, "measure", stopping)
+        assert run(path, camvid) == 130
+    assert (path / "checkpoint-1.safetensors").exists() and not list((path / "cells").iterdir())
     with redirect_stdout(StringIO()):
         assert run(path, camvid, "--resume") == 0
     (old,), (new,) = results(finished)["cells"], results(path)["cells"]
@@ -182,6 +187,9 @@ def test_layouts_of_the_folder(camvid: Path, tmp_path: Path) -> None:
     assert len(scenes) == 2 and scenes.images.dtype == torch.uint8
     inputs, labels = next(iter(scenes.batches(2)))
     assert inputs.shape == (2, 3, 32, 40) and labels.dtype == torch.int64
+    assert spread(3, 2) == [0, 1] and spread(100, 4) == [0, 25, 50, 75]
+    assert spread(3, None) == spread(3, 7) == [0, 1, 2]
+    assert torch.equal(scenes.spread(1).images, scenes.images[:1])
     ordered = [batch[1] for batch in scenes.as_trained(1, 32, seed=3)]
     assert all(torch.equal(a, b[1]) for a, b in zip(ordered, scenes.as_trained(1, 32, seed=3), strict=True))
 
