@@ -39,6 +39,7 @@ from lowrank_bdl.parameters.batch_norm import recalibrate_batch_norm, recalibrat
 from lowrank_bdl.parameters.functional import FunctionalModel
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.memory_estimates import MemoryEstimate, estimate_memory
+from lowrank_bdl.parameters.noisy_logits import NoisyLogitsLikelihood
 
 # posteriors
 from lowrank_bdl.posteriors.blocks import BlockPosterior
@@ -54,7 +55,9 @@ from lowrank_bdl.posteriors.swag import SWAG
 
 # prediction
 from lowrank_bdl.prediction import metrics
-from lowrank_bdl.prediction.predict import predict
+from lowrank_bdl.prediction.dense_metrics import DenseMetrics
+from lowrank_bdl.prediction.patch_uncertainty import PatchUncertainty
+from lowrank_bdl.prediction.predict import predict, predict_batches
 from lowrank_bdl.prediction.predictive import Predictive
 from lowrank_bdl.prediction.temperature import TemperatureScaling
 
@@ -98,6 +101,7 @@ __all__ = [
     "BlockDiagonalLinearOperator",
     "BlockPosterior",
     "CheckpointError",
+    "DenseMetrics",
     "DeviationBuffer",
     "DiagonalLaplace",
     "Draws",
@@ -121,10 +125,12 @@ __all__ = [
     "MemoryLimitError",
     "MixturePosterior",
     "MultivariateNormal",
+    "NoisyLogitsLikelihood",
     "NonFiniteError",
     "NotConvergedError",
     "NotPSDError",
     "ParameterLayout",
+    "PatchUncertainty",
     "Plane",
     "PointValues",
     "PolygonalChain",
@@ -173,6 +179,7 @@ __all__ = [
     "pca_width",
     "plane",
     "predict",
+    "predict_batches",
     "principal_subspace",
     "projected_gaussian",
     "random_subspace",
