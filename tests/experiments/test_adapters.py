@@ -15,8 +15,8 @@ pytest.importorskip("peft", reason="peft is in the extra lowrank-bdl[application
 pytest.importorskip("transformers", reason="transformers is in the extra lowrank-bdl[applications]")
 
 TINY = (
-    "--pretrain_limit 60 --pretrain_epochs 1 --hidden_size 8 --layers 1 --labels 30 --rank 2 --epochs 5 --num_samples 2 "
-    "--exported 1 --seeds 1 --threads 1"
+    "--pretrain_limit 60 --pretrain_epochs 1 --hidden_size 8 --layers 1 --labels 30 --rank 2 --epochs 5 "
+    "--num_samples 2 --exported 1 --seeds 1 --threads 1"
 ).split()
 
 
