@@ -47,7 +47,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "Cora": CITATION_RECIPE,
     "CiteSeer": CITATION_RECIPE,
     "CLUSTER": dict(
-        seeds=3, epochs=40, optimizer="SGD", batch_size=32, lr_init=0.3, wd=1e-4, swa_start=20, swa_lr=0.2, hidden=64,
+        seeds=3, epochs=60, optimizer="SGD", batch_size=32, lr_init=0.3, wd=1e-4, swa_start=30, swa_lr=0.1, hidden=64,
         layers=4, dropout=0.0, norm="batch",
     ),
 }  # fmt: skip
