@@ -32,6 +32,11 @@ PACKAGES = (
     "safetensors",
     "torchvision",
     "scikit-learn",
+    "torch-geometric",
+    "transformers",
+    "peft",
+    "gymnasium",
+    "stable-baselines3",
 )
 
 

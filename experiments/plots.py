@@ -21,7 +21,8 @@ from lowrank_bdl.prediction.metrics import ReliabilityCurve
 COLORS = {
     "SGD": "#000000", "Adam": "#000000", "AdamW": "#000000", "SWA": "#009E73", "SWAG-Diag": "#0072B2",
     "SWAG": "#D55E00", "EMA": "#CC79A7", "Polyak": "#E69F00", "SGLD": "#000000", "SGHMC": "#000000",
-    "Snapshots": "#56B4E9", "mean": "#000000", "MFVI": "#D55E00",
+    "Snapshots": "#56B4E9", "mean": "#000000", "MFVI": "#D55E00", "LAWA": "#0072B2", "SWAP": "#009E73",
+    "A2C": "#000000", "DDPG": "#000000",
 }  # fmt: skip
 MARKERS = {
     "SGD": "s", "Adam": "s", "AdamW": "s", "SWA": "D", "SWAG-Diag": "^", "SWAG": "o", "EMA": "v", "Polyak": "P",
