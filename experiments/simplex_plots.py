@@ -144,7 +144,7 @@ def picture(path: Path, surface: SimplicialComplex, loss: Tensor, steps: int, la
         if flat:
             axes.set_zticklabels([])  # the height is the colour's value
         else:
-            axes.set_box_aspect(np.maximum(np.ptp(shown, axis=0), 0.15 * np.ptp(shown)), zoom=0.88)
+            axes.set_box_aspect(np.maximum(np.ptp(shown, axis=0), 0.15 * np.ptp(shown)), zoom=0.8)
             axes.set_zlabel("weights")
         axes.set_xlabel("weights")
         axes.set_ylabel("weights")
