@@ -174,7 +174,7 @@ def learn(agent: BaseAlgorithm, settings: Settings, averaging: Averaging) -> Non
     """
     try:
         agent.learn(settings.timesteps, callback=averaging)
-    except ValueError as error:  # torch.distributions refuses logits that are not numbers
+    except (ValueError, RuntimeError) as error:  # distributions refuse logits that are not numbers, validated or not
         finite = all(bool(parameter.isfinite().all()) for parameter in agent.policy.parameters())
         if finite and not isinstance(error, lb.NonFiniteError):
             raise

@@ -155,8 +155,15 @@ def test_ddpg_averages_the_actor_alone(tmp_path: Path) -> None:
     assert all(level["return"]["mean"] < 0 for level in found["summary"].values())
 
 
-def test_divergence_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(tmp_path / "run", "--lr", "1e38") == 2
+@pytest.mark.parametrize("validate", [True, False])
+def test_divergence_is_one_line(validate: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other libraries switch the validation of distributions on and off for the whole process."""
+    before = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(validate)
+    try:
+        assert run(tmp_path / "run", "--lr", "1e38") == 2
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(before)
     error = capsys.readouterr().err.splitlines()[-1]
     assert "seed 0: training diverged" in error and not (tmp_path / "run" / "results.json").exists()
 
