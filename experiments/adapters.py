@@ -29,7 +29,15 @@ from torch.nn.functional import cross_entropy, one_hot
 
 import lowrank_bdl as lb
 from experiments import seed_study
-from experiments.common import RunDir, SettingsError, parse_settings, resolve_device, run_script, setting
+from experiments.common import (
+    RunDir,
+    SettingsError,
+    parse_settings,
+    require_at_least,
+    resolve_device,
+    run_script,
+    setting,
+)
 from experiments.datasets import DATASETS, Datasets, LabelledImages, Split, load_dataset
 from experiments.evaluation import metrics_of, predict_splits
 from experiments.seed_study import Measure
@@ -92,11 +100,22 @@ def check(settings: Settings) -> Settings:
         SettingsError: Names the flag, its bounds and its value.
     """
     seed_study.check_seeds(settings)
-    for name, least in dict(pretrain_limit=1, pretrain_epochs=1, layers=1, labels=2, rank=1, epochs=5, batch_size=1,
-                            max_num_models=0, num_samples=1, exported=0, threads=0).items():  # fmt: skip
-        value = getattr(settings, name)
-        if value is not None and not value >= least:
-            raise SettingsError(f"--{name} must be at least {least}; got {value}")
+    require_at_least(
+        settings,
+        dict(
+            pretrain_limit=1,
+            pretrain_epochs=1,
+            layers=1,
+            labels=2,
+            rank=1,
+            epochs=5,
+            batch_size=1,
+            max_num_models=0,
+            num_samples=1,
+            exported=0,
+            threads=0,
+        ),
+    )
     for name in ("pretrain_lr", "lr_init", "swa_lr", "scale"):
         if not 0 < getattr(settings, name) < float("inf"):
             raise SettingsError(f"--{name} must be positive; got {getattr(settings, name)}")

@@ -7,6 +7,7 @@ A script's settings are one frozen dataclass whose fields are made with `setting
 import argparse
 import dataclasses
 import json
+import math
 import os
 import platform
 import shlex
@@ -108,6 +109,23 @@ def parse_settings(
         return check(cls(**vars(parser.parse_args(argv))))
     except SettingsError as error:
         parser.error(str(error))
+
+
+def require_at_least(settings: Any, least: Mapping[str, float], *, finite: bool = False) -> None:
+    """Refuse settings below their least value; None is no value.
+
+    Args:
+        settings: Of a script.
+        least: Name of a setting to its least value.
+        finite: Refuse infinity too.
+
+    Raises:
+        SettingsError: Names the first such flag, its bound and its value.
+    """
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if value is not None and (not value >= bound or (finite and value == math.inf)):
+            raise SettingsError(f"--{name} must be at least {bound}; got {value}")
 
 
 @contextmanager

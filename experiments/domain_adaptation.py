@@ -33,7 +33,15 @@ import torch
 
 import lowrank_bdl as lb
 from experiments import learning_curves, seed_study
-from experiments.common import RunDir, SettingsError, parse_settings, resolve_device, run_script, setting
+from experiments.common import (
+    RunDir,
+    SettingsError,
+    parse_settings,
+    require_at_least,
+    resolve_device,
+    run_script,
+    setting,
+)
 from experiments.consistency_settings import Recipe, check_recipe
 from experiments.consistency_training import (
     MAJORITY,
@@ -92,9 +100,7 @@ def check(settings: Settings) -> Settings:
     """Refuse what cannot run."""
     if settings.source == settings.target:
         raise SettingsError(f"--source and --target must be two data sets; got {settings.source} for both")
-    for name, least in (("image_size", 1), ("max_shift", 0)):
-        if getattr(settings, name) < least:
-            raise SettingsError(f"--{name} must be at least {least}; got {getattr(settings, name)}")
+    require_at_least(settings, dict(image_size=1, max_shift=0))
     if not 0 <= settings.confidence < 1:
         raise SettingsError(f"--confidence must be in [0, 1); got {settings.confidence}")
     return check_recipe(settings)

@@ -49,6 +49,7 @@ from experiments.common import (
     fixed,
     parse_settings,
     replacing,
+    require_at_least,
     resolve_device,
     run_script,
     setting,
@@ -118,10 +119,7 @@ def check(settings: Settings) -> Settings:
     Raises:
         SettingsError: Names the flag, its bounds and its value.
     """
-    for name, least in dict(members=1, seed=0, threads=0, num_samples=1, eval_limit=2).items():
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise SettingsError(f"--{name} must be at least {least}; got {value}")
+    require_at_least(settings, dict(members=1, seed=0, threads=0, num_samples=1, eval_limit=2))
     if not 0 <= settings.label_noise <= 1:
         raise SettingsError(f"--label_noise must be from 0 to 1; got {settings.label_noise}")
     if not 0 < settings.scale < math.inf:

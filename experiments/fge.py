@@ -45,6 +45,7 @@ from experiments.common import (
     fixed,
     parse_settings,
     replacing,
+    require_at_least,
     resolve_device,
     run_script,
     setting,
@@ -99,10 +100,7 @@ def check(settings: Settings) -> Settings:
     Raises:
         SettingsError: Names the flag, its bounds and its value.
     """
-    for name, least in dict(epochs=1, eval_limit=2, bn_size=2, threads=0).items():
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise SettingsError(f"--{name} must be at least {least}; got {value}")
+    require_at_least(settings, dict(epochs=1, eval_limit=2, bn_size=2, threads=0))
     if settings.cycle < 2 or settings.cycle % 2:
         raise SettingsError(f"--cycle must be even, for its lowest point lies in the middle; got {settings.cycle}")
     if not 0 < settings.lr_2 <= settings.lr_1 < math.inf:

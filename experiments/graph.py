@@ -27,7 +27,15 @@ from typing import Any
 import torch
 
 from experiments import plots, seed_study
-from experiments.common import RunDir, SettingsError, parse_settings, resolve_device, run_script, setting
+from experiments.common import (
+    RunDir,
+    SettingsError,
+    parse_settings,
+    require_at_least,
+    resolve_device,
+    run_script,
+    setting,
+)
 from experiments.graph_data import CITATIONS, GraphData, block_models, citations
 from experiments.graph_methods import BASELINE, one_seed
 from experiments.seed_study import Cell, Measure
@@ -103,11 +111,25 @@ def check(settings: Settings) -> Settings:
     own = {name: value for name, value in RECIPES[settings.dataset].items() if getattr(settings, name) is None}
     settings = dataclasses.replace(settings, **own)
     seed_study.check_seeds(settings)
-    for name, least in dict(epochs=2, batch_size=1, wd=0, swa_start=1, swa_c_epochs=1, max_num_models=0, num_samples=1,
-                            hidden=1, layers=2, train_graphs=1, eval_graphs=1, min_size=1, data_seed=0,
-                            threads=0).items():  # fmt: skip
-        if not getattr(settings, name) >= least:
-            raise SettingsError(f"--{name} must be at least {least}; got {getattr(settings, name)}")
+    require_at_least(
+        settings,
+        dict(
+            epochs=2,
+            batch_size=1,
+            wd=0,
+            swa_start=1,
+            swa_c_epochs=1,
+            max_num_models=0,
+            num_samples=1,
+            hidden=1,
+            layers=2,
+            train_graphs=1,
+            eval_graphs=1,
+            min_size=1,
+            data_seed=0,
+            threads=0,
+        ),
+    )
     for name in ("lr_init", "swa_lr", "scale"):
         if not 0 < getattr(settings, name) < float("inf"):
             raise SettingsError(f"--{name} must be positive; got {getattr(settings, name)}")

@@ -32,6 +32,7 @@ from experiments.common import (
     RunDir,
     SettingsError,
     parse_settings,
+    require_at_least,
     resolve_device,
     run_script,
     setting,
@@ -96,11 +97,27 @@ def check(settings: Settings) -> Settings:
         SettingsError: Names the flag, its bounds and its value.
     """
     seed_study.check_seeds(settings)
-    for name, least in dict(length=1, text_seed=0, hidden=1, layers=1, heads=1, seq_len=2, epochs=2, batch_size=1,
-                            eval_batch_size=1, wd=0, swa_start=1, collects_per_epoch=1, lawa_window=1,
-                            max_num_models=0, num_samples=1, threads=0).items():  # fmt: skip
-        if not getattr(settings, name) >= least:
-            raise SettingsError(f"--{name} must be at least {least}; got {getattr(settings, name)}")
+    require_at_least(
+        settings,
+        dict(
+            length=1,
+            text_seed=0,
+            hidden=1,
+            layers=1,
+            heads=1,
+            seq_len=2,
+            epochs=2,
+            batch_size=1,
+            eval_batch_size=1,
+            wd=0,
+            swa_start=1,
+            collects_per_epoch=1,
+            lawa_window=1,
+            max_num_models=0,
+            num_samples=1,
+            threads=0,
+        ),
+    )
     for name in ("lr_init", "swa_lr", "scale", "grad_clip"):
         if not 0 < getattr(settings, name) < float("inf"):
             raise SettingsError(f"--{name} must be positive; got {getattr(settings, name)}")

@@ -23,7 +23,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments import seed_study
-from experiments.common import RunDir, SettingsError, parse_settings, resolve_device, run_script, setting
+from experiments.common import (
+    RunDir,
+    SettingsError,
+    parse_settings,
+    require_at_least,
+    resolve_device,
+    run_script,
+    setting,
+)
 from experiments.datasets import DATASETS, Datasets, load_dataset
 from experiments.low_precision_methods import new_model, one_seed
 from experiments.seed_study import Measure
@@ -82,11 +90,21 @@ def check(settings: Settings) -> Settings:
         SettingsError: Names the flag, its bounds and its value.
     """
     seed_study.check_seeds(settings)
-    for name, least in dict(epochs=2, batch_size=1, collects_per_epoch=1, wd=0, tune_epochs=1, cycle=2, train_limit=2,
-                            eval_limit=1, bn_size=2, threads=0).items():  # fmt: skip
-        value = getattr(settings, name)
-        if value is not None and not value >= least:
-            raise SettingsError(f"--{name} must be at least {least}; got {value}")
+    require_at_least(
+        settings,
+        dict(
+            epochs=2,
+            batch_size=1,
+            collects_per_epoch=1,
+            wd=0,
+            tune_epochs=1,
+            cycle=2,
+            train_limit=2,
+            eval_limit=1,
+            bn_size=2,
+            threads=0,
+        ),
+    )
     for name in ("lr_init", "swa_lr", "level_lr"):
         if not 0 < getattr(settings, name) < float("inf"):
             raise SettingsError(f"--{name} must be positive; got {getattr(settings, name)}")

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments import seed_study
-from experiments.common import RunDir, SettingsError, parse_settings, run_script, setting
+from experiments.common import RunDir, SettingsError, parse_settings, require_at_least, run_script, setting
 from experiments.datasets import DATASETS, Datasets, load_dataset
 from experiments.low_precision_methods import new_model
 from experiments.parallel_methods import BASELINE, one_seed
@@ -83,11 +83,21 @@ def check(settings: Settings) -> Settings:
         SettingsError: Names the flag, its bounds and its value.
     """
     seed_study.check_seeds(settings)
-    for name, least in dict(large_batch=1, large_epochs=1, small_batch=1, small_epochs=1, wd=0, num_samples=1,
-                            train_limit=2, eval_limit=1, bn_size=2, threads=0).items():  # fmt: skip
-        value = getattr(settings, name)
-        if value is not None and not value >= least:
-            raise SettingsError(f"--{name} must be at least {least}; got {value}")
+    require_at_least(
+        settings,
+        dict(
+            large_batch=1,
+            large_epochs=1,
+            small_batch=1,
+            small_epochs=1,
+            wd=0,
+            num_samples=1,
+            train_limit=2,
+            eval_limit=1,
+            bn_size=2,
+            threads=0,
+        ),
+    )
     for name in ("large_lr", "small_lr", "scale", "stop_accuracy"):
         if not 0 < getattr(settings, name) < float("inf"):
             raise SettingsError(f"--{name} must be positive; got {getattr(settings, name)}")

@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt
 from tqdm import tqdm
 
 from experiments import plots
-from experiments.common import RunDir, SettingsError, fixed, format_table, write_atomically
+from experiments.common import RunDir, SettingsError, fixed, format_table, require_at_least, write_atomically
 from lowrank_bdl.errors import NonFiniteError
 
 OUTPUTS = ("results.json", "table.txt", "methods.png", "log.jsonl", "cells/*.json")
@@ -48,9 +48,7 @@ def check_seeds(settings: Any) -> None:
     Raises:
         SettingsError: Names the flag.
     """
-    for name, least in (("seeds", 1), ("first_seed", 0)):
-        if getattr(settings, name) < least:
-            raise SettingsError(f"--{name} must be at least {least}; got {getattr(settings, name)}")
+    require_at_least(settings, dict(seeds=1, first_seed=0))
 
 
 def run_seeds(settings: Any, run: RunDir, one_seed: Callable[[int], Mapping[str, Any]]) -> list[Cell]:

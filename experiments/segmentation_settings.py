@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments import seed_study
-from experiments.common import SettingsError, setting
+from experiments.common import SettingsError, require_at_least, setting
 
 LOSSES = ("cross_entropy", "aleatoric")
 OPTIMIZERS = ("SGD", "RMSProp", "Adam")
@@ -74,10 +74,7 @@ def check(settings: Settings) -> Settings:
         momentum=0, wd=0, swa_start=0, swa_c_epochs=1, collects_per_epoch=1, max_num_models=1, num_samples=1,
         bn_size=1, eval_batch_size=1, patch_size=1, eval_freq=1, checkpoint_freq=1, maps=1, threads=0,
     )  # fmt: skip
-    for name, least in at_least.items():
-        value = getattr(settings, name)
-        if value is not None and not least <= value < math.inf:
-            raise SettingsError(f"--{name} must be at least {least}; got {value}")
+    require_at_least(settings, at_least, finite=True)
     for name in ("lr_init", "swa_lr", "scale"):
         if not 0 < getattr(settings, name) < math.inf:
             raise SettingsError(f"--{name} must be positive; got {getattr(settings, name)}")

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.common import SettingsError, setting
+from experiments.common import SettingsError, require_at_least, setting
 from experiments.hessian_points import LAST
 from experiments.uncertainty_settings import names, of_training
 
@@ -105,10 +105,7 @@ def check(settings: Settings) -> Settings:
         perturbation=0, momentum=0, wd=0, batch_size=1, train_limit=1, num_samples=1, picture=0, eval_limit=1,
         bn_size=2, seed=0, threads=0,
     )  # fmt: skip
-    for name, least in at_least.items():
-        value = getattr(settings, name)
-        if value is not None and not least <= value < math.inf:
-            raise SettingsError(f"--{name} must be at least {least}; got {value}")
+    require_at_least(settings, at_least, finite=True)
     for name in ("lr", "endpoint_lr"):
         if not 0 < getattr(settings, name) < math.inf:
             raise SettingsError(f"--{name} must be positive; got {getattr(settings, name)}")

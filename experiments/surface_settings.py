@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from experiments import subspace_settings
-from experiments.common import SettingsError, setting
+from experiments.common import SettingsError, require_at_least, setting
 from experiments.uncertainty_settings import of_training
 
 
@@ -43,10 +43,7 @@ def check_shared(settings: SurfaceSettings, **at_least: int) -> None:
         SettingsError: Names the flag, its bound and its value.
     """
     shared = dict(train_limit=2, eval_limit=1, batch_size=1, seed=0, threads=0)
-    for name, least in (shared | at_least).items():
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise SettingsError(f"--{name} must be at least {least}; got {value}")
+    require_at_least(settings, shared | at_least)
     if not 0 < settings.bn_subset <= 1:
         raise SettingsError(f"--bn_subset must be in (0, 1]; got {settings.bn_subset}")
     if not 0 < settings.scale < float("inf"):

@@ -1,8 +1,10 @@
 """Settings, run folders and measurements that every experiment shares."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from experiments.common import (
     format_table,
     parse_settings,
     peak_memory,
+    require_at_least,
     resolve_device,
     setting,
     write_atomically,
@@ -185,3 +188,15 @@ def test_tables_align_on_the_right() -> None:
 def test_a_device_that_is_not_there_is_refused(name: str) -> None:
     with pytest.raises(SettingsError, match=f"--device {name}: "):
         resolve_device(name)
+
+
+def test_settings_below_their_least_value_are_named() -> None:
+    settings = SimpleNamespace(lr=0.0, limit=None, rate=math.inf, bad=math.nan)
+    require_at_least(settings, dict(lr=0, limit=3, rate=1))
+    for least, finite, message in (
+        (dict(lr=1), False, "--lr must be at least 1; got 0.0"),
+        (dict(bad=0), False, "--bad must be at least 0; got nan"),
+        (dict(rate=1), True, "--rate must be at least 1; got inf"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            require_at_least(settings, least, finite=finite)
