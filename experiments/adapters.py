@@ -34,6 +34,7 @@ from experiments.common import (
     SettingsError,
     parse_settings,
     require_at_least,
+    require_positive,
     resolve_device,
     run_script,
     setting,
@@ -116,9 +117,7 @@ def check(settings: Settings) -> Settings:
             threads=0,
         ),
     )
-    for name in ("pretrain_lr", "lr_init", "swa_lr", "scale"):
-        if not 0 < getattr(settings, name) < float("inf"):
-            raise SettingsError(f"--{name} must be positive; got {getattr(settings, name)}")
+    require_positive(settings, ("pretrain_lr", "lr_init", "swa_lr", "scale"))
     if settings.hidden_size < 4 or settings.hidden_size % 4:
         raise SettingsError(f"--hidden_size must be a multiple of 4, the heads; got {settings.hidden_size}")
     return settings

@@ -111,21 +111,36 @@ def parse_settings(
         parser.error(str(error))
 
 
-def require_at_least(settings: Any, least: Mapping[str, float], *, finite: bool = False) -> None:
-    """Refuse settings below their least value; None is no value.
+def require_at_least(settings: Any, least: Mapping[str, float]) -> None:
+    """Refuse settings below their least value, NaN and infinity; None is no value.
 
     Args:
         settings: Of a script.
         least: Name of a setting to its least value.
-        finite: Refuse infinity too.
 
     Raises:
         SettingsError: Names the first such flag, its bound and its value.
     """
     for name, bound in least.items():
         value = getattr(settings, name)
-        if value is not None and (not value >= bound or (finite and value == math.inf)):
+        if value is not None and not bound <= value < math.inf:
             raise SettingsError(f"--{name} must be at least {bound}; got {value}")
+
+
+def require_positive(settings: Any, names: Iterable[str]) -> None:
+    """Refuse settings that are not positive and finite, as :func:`require_at_least` does."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not 0 < value < math.inf:
+            raise SettingsError(f"--{name} must be positive; got {value}")
+
+
+def require_fraction(settings: Any, names: Iterable[str]) -> None:
+    """Refuse settings outside [0, 1), as momentum and dropout must be; as :func:`require_at_least` does."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not 0 <= value < 1:
+            raise SettingsError(f"--{name} must be at least 0 and less than 1; got {value}")
 
 
 @contextmanager

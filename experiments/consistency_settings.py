@@ -1,11 +1,10 @@
 """The flags of training with a consistency loss, which `semi_supervised` and `domain_adaptation` share."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from experiments.common import SettingsError, setting
+from experiments.common import SettingsError, require_at_least, setting
 from experiments.seed_study import check_seeds
 
 R = TypeVar("R", bound="Recipe")
@@ -62,10 +61,7 @@ def check_recipe(recipe: R) -> R:
         momentum=0, weight_decay=0, consistency=0, consistency_rampup=0, ema_decay=0, max_num_models=1, num_samples=1,
         bn_size=2, eval_freq=1, threads=0, train_limit=1, eval_limit=1,
     )  # fmt: skip
-    for name, smallest in least.items():
-        value = getattr(recipe, name)
-        if value is not None and not smallest <= value < math.inf:
-            raise SettingsError(f"--{name} must be at least {smallest}; got {value}")
+    require_at_least(recipe, least)
     for name in ("momentum", "ema_decay"):
         if getattr(recipe, name) >= 1:
             raise SettingsError(f"--{name} must be less than 1; got {getattr(recipe, name)}")

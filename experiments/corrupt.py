@@ -28,7 +28,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments import corruption_plots
-from experiments.common import RunDir, SettingsError, format_table, parse_settings, run_script, setting
+from experiments.common import (
+    RunDir,
+    SettingsError,
+    format_table,
+    parse_settings,
+    require_at_least,
+    run_script,
+    setting,
+)
 from experiments.corruptions import (
     CORRUPTIONS,
     SEVERITIES,
@@ -67,9 +75,7 @@ class Settings:
 
 def check(settings: Settings) -> Settings:
     """Refuse what cannot run."""
-    for name, least in dict(seed=0, example=0, threads=0).items():
-        if getattr(settings, name) < least:
-            raise SettingsError(f"--{name} must be at least {least}; got {getattr(settings, name)}")
+    require_at_least(settings, dict(seed=0, example=0, threads=0))
     severities(settings)
     return settings
 

@@ -1,12 +1,11 @@
 """The flags of `experiments.curve`: those of the authors' scripts by the same names, and what is new."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from experiments import train_settings
-from experiments.common import SettingsError, require_at_least, setting
+from experiments.common import SettingsError, require_at_least, require_positive, setting
 from experiments.hessian_points import LAST
 from experiments.uncertainty_settings import names, of_training
 
@@ -110,10 +109,8 @@ def _check_numbers(settings: Settings) -> None:
         num_bends=2, curve_epochs=1, endpoint_epochs=1, batch_size=1, train_limit=1, num_points=2, eval_limit=1,
         bn_size=2, seed=0, threads=0, momentum=0, wd=0,
     )  # fmt: skip
-    require_at_least(settings, at_least, finite=True)
-    for name in ("lr", "endpoint_lr"):
-        if not 0 < getattr(settings, name) < math.inf:
-            raise SettingsError(f"--{name} must be positive; got {getattr(settings, name)}")
+    require_at_least(settings, at_least)
+    require_positive(settings, ("lr", "endpoint_lr"))
 
 
 def _check_points(settings: Settings) -> None:

@@ -28,7 +28,6 @@ settings.json, environment.json, command.sh
 
 import dataclasses
 import json
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -50,6 +49,7 @@ from experiments.common import (
     parse_settings,
     replacing,
     require_at_least,
+    require_positive,
     resolve_device,
     run_script,
     setting,
@@ -122,8 +122,7 @@ def check(settings: Settings) -> Settings:
     require_at_least(settings, dict(members=1, seed=0, threads=0, num_samples=1, eval_limit=2))
     if not 0 <= settings.label_noise <= 1:
         raise SettingsError(f"--label_noise must be from 0 to 1; got {settings.label_noise}")
-    if not 0 < settings.scale < math.inf:
-        raise SettingsError(f"--scale must be positive; got {settings.scale}")
+    require_positive(settings, ("scale",))
     widths(settings)
     run_settings(settings, (1, 0))
     return settings

@@ -42,6 +42,8 @@ from experiments.common import (
     SettingsError,
     fixed,
     parse_settings,
+    require_at_least,
+    require_positive,
     resolve_device,
     run_script,
     setting,
@@ -90,13 +92,8 @@ def check(settings: Settings) -> Settings:
         num_samples=1, bn_points=2, snapshot_points=2, batch_size=1, bn_batch_size=2, seed=0, threads=0, eval_limit=2,
         bn_size=2,
     )  # fmt: skip
-    for name, least in at_least.items():
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise SettingsError(f"--{name} must be at least {least}; got {value}")
-    for name in ("scale", "noise"):
-        if not 0 < getattr(settings, name) < float("inf"):
-            raise SettingsError(f"--{name} must be positive; got {getattr(settings, name)}")
+    require_at_least(settings, at_least)
+    require_positive(settings, ("scale", "noise"))
     parts(settings)
     grids(settings)
     return settings

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import lowrank_bdl as lb
 from experiments import train, train_settings
-from experiments.common import RunDir, SettingsError, parse_settings, run_script, setting
+from experiments.common import RunDir, SettingsError, parse_settings, require_at_least, run_script, setting
 from experiments.datasets import Datasets
 from experiments.grad_cov_report import FILES, report
 from experiments.train_setup import network, training_batches
@@ -57,10 +57,7 @@ def check(settings: Settings) -> Settings:
     """
     checked = train_settings.check(settings)
     assert isinstance(checked, Settings)
-    for name, least in dict(grad_cov_start=0, grad_cov_freq=1, grad_cov_batches=2, grad_cov_rank=0).items():
-        value = getattr(checked, name)
-        if value is not None and value < least:
-            raise SettingsError(f"--{name} must be at least {least}; got {value}")
+    require_at_least(checked, dict(grad_cov_start=0, grad_cov_freq=1, grad_cov_batches=2, grad_cov_rank=0))
     if checked.momentum >= 1:
         raise SettingsError(f"--momentum must be less than 1; got {checked.momentum}")
     if not measured(checked, checked.epochs):

@@ -32,6 +32,8 @@ from experiments.common import (
     SettingsError,
     parse_settings,
     require_at_least,
+    require_fraction,
+    require_positive,
     resolve_device,
     run_script,
     setting,
@@ -130,12 +132,8 @@ def check(settings: Settings) -> Settings:
             threads=0,
         ),
     )
-    for name in ("lr_init", "swa_lr", "scale"):
-        if not 0 < getattr(settings, name) < float("inf"):
-            raise SettingsError(f"--{name} must be positive; got {getattr(settings, name)}")
-    for name in ("momentum", "dropout"):
-        if not 0 <= getattr(settings, name) < 1:
-            raise SettingsError(f"--{name} must be at least 0 and less than 1; got {getattr(settings, name)}")
+    require_positive(settings, ("lr_init", "swa_lr", "scale"))
+    require_fraction(settings, ("momentum", "dropout"))
     for name in ("inside", "between"):
         if not 0 <= getattr(settings, name) <= 1:
             raise SettingsError(f"--{name} must be from 0 to 1; got {getattr(settings, name)}")

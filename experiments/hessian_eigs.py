@@ -36,7 +36,16 @@ from tqdm import tqdm
 
 import lowrank_bdl as lb
 from experiments import hessian_report
-from experiments.common import RunDir, SettingsError, fixed, parse_settings, resolve_device, run_script, setting
+from experiments.common import (
+    RunDir,
+    SettingsError,
+    fixed,
+    parse_settings,
+    require_at_least,
+    resolve_device,
+    run_script,
+    setting,
+)
 from experiments.datasets import Datasets, load_dataset
 from experiments.evaluation import BN_BATCH_SIZE, has_batch_norm
 from experiments.hessian_points import LAST, Point, points_of, samples_of
@@ -99,10 +108,7 @@ def check(settings: Settings) -> Settings:
         samples=1, train_limit=1, batch_size=1, num_workers=0, num_eigs=0, num_bottom=0, density_probes=0,
         density_steps=1, bn_size=2, checkpoint_every=1, seed=0, threads=0,
     )  # fmt: skip
-    for name, least in at_least.items():
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise SettingsError(f"--{name} must be at least {least}; got {value}")
+    require_at_least(settings, at_least)
     if not 0 < settings.tol < 1:
         raise SettingsError(f"--tol must be between 0 and 1; got {settings.tol}")
     wanted = settings.num_eigs + settings.num_bottom

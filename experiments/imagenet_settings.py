@@ -1,7 +1,6 @@
 """The flags of `experiments.imagenet`: those of swa_gaussian's script by the same names, and what is new."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 
 from experiments import seed_study
-from experiments.common import SettingsError, require_at_least, setting
+from experiments.common import SettingsError, require_at_least, require_positive, setting
 
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float8": torch.float8_e4m3fn,
@@ -82,10 +81,8 @@ def check(settings: Settings) -> Settings:
         image_size=1, batch_size=1, num_workers=0, epochs=1, momentum=0, wd=0, swa_start=0, swa_freq=1,
         max_num_models=1, num_samples=1, eval_batch_size=1, checkpoint_freq=1, threads=0,
     )  # fmt: skip
-    require_at_least(settings, at_least, finite=True)
-    for name in ("lr_init", "swa_lr", "scale", "bn_fraction"):
-        if not 0 < getattr(settings, name) < math.inf:
-            raise SettingsError(f"--{name} must be positive; got {getattr(settings, name)}")
+    require_at_least(settings, at_least)
+    require_positive(settings, ("lr_init", "swa_lr", "scale", "bn_fraction"))
     if settings.bn_fraction > 1:
         raise SettingsError(f"--bn_fraction must be at most 1; got {settings.bn_fraction}")
     if settings.weights is not None and not Path(settings.weights).is_file():

@@ -43,6 +43,7 @@ from experiments.common import (
     fixed,
     parse_settings,
     replacing,
+    require_at_least,
     resolve_device,
     run_script,
     setting,
@@ -91,9 +92,7 @@ class Settings:
 
 def check(settings: Settings) -> Settings:
     """Refuse what cannot run."""
-    for name, least in dict(seeds=1, first_seed=0, threads=0).items():
-        if getattr(settings, name) < least:
-            raise SettingsError(f"--{name} must be at least {least}; got {getattr(settings, name)}")
+    require_at_least(settings, dict(seeds=1, first_seed=0, threads=0))
     if not 0 < settings.wd < float("inf"):
         raise SettingsError(f"--wd must be positive, for it is the prior's precision; got {settings.wd}")
     fractions(settings)

@@ -33,6 +33,8 @@ from experiments.common import (
     SettingsError,
     parse_settings,
     require_at_least,
+    require_fraction,
+    require_positive,
     resolve_device,
     run_script,
     setting,
@@ -118,12 +120,8 @@ def check(settings: Settings) -> Settings:
             threads=0,
         ),
     )
-    for name in ("lr_init", "swa_lr", "scale", "grad_clip"):
-        if not 0 < getattr(settings, name) < float("inf"):
-            raise SettingsError(f"--{name} must be positive; got {getattr(settings, name)}")
-    for name in ("momentum", "dropout", "ema_decay"):
-        if not 0 <= getattr(settings, name) < 1:
-            raise SettingsError(f"--{name} must be at least 0 and less than 1; got {getattr(settings, name)}")
+    require_positive(settings, ("lr_init", "swa_lr", "scale", "grad_clip"))
+    require_fraction(settings, ("momentum", "dropout", "ema_decay"))
     if settings.seq_len % 2:
         raise SettingsError(f"--seq_len must be even: half a window is predicted; got {settings.seq_len}")
     if settings.model == "GPT" and settings.hidden % settings.heads:

@@ -28,6 +28,8 @@ from experiments.common import (
     SettingsError,
     parse_settings,
     require_at_least,
+    require_fraction,
+    require_positive,
     resolve_device,
     run_script,
     setting,
@@ -105,11 +107,8 @@ def check(settings: Settings) -> Settings:
             threads=0,
         ),
     )
-    for name in ("lr_init", "swa_lr", "level_lr"):
-        if not 0 < getattr(settings, name) < float("inf"):
-            raise SettingsError(f"--{name} must be positive; got {getattr(settings, name)}")
-    if not 0 <= settings.momentum < 1:
-        raise SettingsError(f"--momentum must be at least 0 and less than 1; got {settings.momentum}")
+    require_positive(settings, ("lr_init", "swa_lr", "level_lr"))
+    require_fraction(settings, ("momentum",))
     for name in ("bits", "activation_bits", "level_bits"):
         value = getattr(settings, name)
         if value is not None and not 2 <= value <= 24:

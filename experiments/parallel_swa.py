@@ -28,7 +28,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments import seed_study
-from experiments.common import RunDir, SettingsError, parse_settings, require_at_least, run_script, setting
+from experiments.common import (
+    RunDir,
+    SettingsError,
+    parse_settings,
+    require_at_least,
+    require_fraction,
+    require_positive,
+    run_script,
+    setting,
+)
 from experiments.datasets import DATASETS, Datasets, load_dataset
 from experiments.low_precision_methods import new_model
 from experiments.parallel_methods import BASELINE, one_seed
@@ -98,11 +107,8 @@ def check(settings: Settings) -> Settings:
             threads=0,
         ),
     )
-    for name in ("large_lr", "small_lr", "scale", "stop_accuracy"):
-        if not 0 < getattr(settings, name) < float("inf"):
-            raise SettingsError(f"--{name} must be positive; got {getattr(settings, name)}")
-    if not 0 <= settings.momentum < 1:
-        raise SettingsError(f"--momentum must be at least 0 and less than 1; got {settings.momentum}")
+    require_positive(settings, ("large_lr", "small_lr", "scale", "stop_accuracy"))
+    require_fraction(settings, ("momentum",))
     return settings
 
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from experiments.common import SettingsError, setting
+from experiments.common import SettingsError, require_positive, setting
 from experiments.hessian_points import LAST
 from experiments.surface_settings import SurfaceSettings, check_shared
 from experiments.uncertainty_settings import names, of_training
@@ -58,10 +58,7 @@ def check(settings: Settings) -> Settings:
         raise SettingsError(f"--ckpt must name three different sets of weights; got {settings.ckpt!r}")
     if settings.PC1 == settings.PC2:
         raise SettingsError(f"--PC1 and --PC2 must differ; both are {settings.PC1}")
-    for name in ("sigmas", "dist"):
-        value = getattr(settings, name)
-        if value is not None and not 0 < value < math.inf:
-            raise SettingsError(f"--{name} must be positive; got {value}")
+    require_positive(settings, ("sigmas", "dist"))
     for side in ("left", "right", "bottom", "top"):
         value = getattr(settings, f"margin_{side}")
         if not 0 <= value < math.inf:

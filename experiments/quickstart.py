@@ -20,7 +20,6 @@ environment.json, command.sh, checkpoint-*.safetensors
 """
 
 import dataclasses
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -38,6 +37,8 @@ from experiments.common import (
     SettingsError,
     format_table,
     parse_settings,
+    require_at_least,
+    require_positive,
     resolve_device,
     run_script,
     setting,
@@ -137,12 +138,8 @@ def check(settings: Settings) -> Settings:
         settings = dataclasses.replace(settings, swa_start=max(1, settings.epochs // 2))
     at_least = dict(epochs=1, swa_start=0, rank=0, num_samples=1, batch_size=2, width=1, seed=0, collects_per_epoch=1,
                     threads=0, wd=0, momentum=0)  # fmt: skip
-    for name, least in at_least.items():
-        if not getattr(settings, name) >= least:
-            raise SettingsError(f"--{name} must be at least {least}; got {getattr(settings, name)}")
-    for name in ("scale", "lr_init", "swa_lr"):
-        if not 0 < getattr(settings, name) < math.inf:
-            raise SettingsError(f"--{name} must be positive; got {getattr(settings, name)}")
+    require_at_least(settings, at_least)
+    require_positive(settings, ("scale", "lr_init", "swa_lr"))
     if settings.epochs <= settings.swa_start:
         raise SettingsError(f"--epochs must be more than --swa_start; got {settings.epochs} and {settings.swa_start}")
     if (settings.epochs - settings.swa_start) * settings.collects_per_epoch < 2:

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.common import SettingsError, setting
+from experiments.common import SettingsError, require_at_least, setting
 from experiments.seed_study import check_seeds
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -72,9 +72,7 @@ def check(settings: Settings) -> Settings:
         timesteps=100, n_envs=1, lr=0, width=1, gamma=0, action_noise=0, swa_start=0, collections=2, max_num_models=1,
         num_samples=1, evaluations=1, eval_episodes=1, threads=0,
     )  # fmt: skip
-    for name, smallest in least.items():
-        if not smallest <= getattr(settings, name) < math.inf:
-            raise SettingsError(f"--{name} must be at least {smallest}; got {getattr(settings, name)}")
+    require_at_least(settings, least)
     if settings.swa_start >= 1:
         raise SettingsError(f"--swa_start must be less than 1; got {settings.swa_start}")
     if settings.gamma > 1:

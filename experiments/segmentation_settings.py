@@ -1,12 +1,11 @@
 """The flags of `experiments.segmentation`: those of swa_gaussian's script by the same names, and what is new."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from experiments import seed_study
-from experiments.common import SettingsError, require_at_least, setting
+from experiments.common import SettingsError, require_at_least, require_positive, setting
 
 LOSSES = ("cross_entropy", "aleatoric")
 OPTIMIZERS = ("SGD", "RMSProp", "Adam")
@@ -74,10 +73,8 @@ def check(settings: Settings) -> Settings:
         momentum=0, wd=0, swa_start=0, swa_c_epochs=1, collects_per_epoch=1, max_num_models=1, num_samples=1,
         bn_size=1, eval_batch_size=1, patch_size=1, eval_freq=1, checkpoint_freq=1, maps=1, threads=0,
     )  # fmt: skip
-    require_at_least(settings, at_least, finite=True)
-    for name in ("lr_init", "swa_lr", "scale"):
-        if not 0 < getattr(settings, name) < math.inf:
-            raise SettingsError(f"--{name} must be positive; got {getattr(settings, name)}")
+    require_at_least(settings, at_least)
+    require_positive(settings, ("lr_init", "swa_lr", "scale"))
     snapshots = max(settings.epochs - settings.swa_start, 0) // settings.swa_c_epochs * settings.collects_per_epoch
     if snapshots < 2:
         raise SettingsError(

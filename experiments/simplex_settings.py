@@ -1,11 +1,10 @@
 """The flags of `experiments.simplex`: those of the authors' scripts as second names, and what is new."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.common import SettingsError, require_at_least, setting
+from experiments.common import SettingsError, require_at_least, require_positive, setting
 from experiments.hessian_points import LAST
 from experiments.uncertainty_settings import names, of_training
 
@@ -105,10 +104,8 @@ def check(settings: Settings) -> Settings:
         perturbation=0, momentum=0, wd=0, batch_size=1, train_limit=1, num_samples=1, picture=0, eval_limit=1,
         bn_size=2, seed=0, threads=0,
     )  # fmt: skip
-    require_at_least(settings, at_least, finite=True)
-    for name in ("lr", "endpoint_lr"):
-        if not 0 < getattr(settings, name) < math.inf:
-            raise SettingsError(f"--{name} must be positive; got {getattr(settings, name)}")
+    require_at_least(settings, at_least)
+    require_positive(settings, ("lr", "endpoint_lr"))
     if settings.connect and settings.components < 2:
         raise SettingsError(f"--connect needs at least 2 networks; got {settings.components}")
     if settings.volume and not settings.perturbation:

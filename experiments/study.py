@@ -41,6 +41,8 @@ from experiments.common import (
     RunDir,
     SettingsError,
     parse_settings,
+    require_at_least,
+    require_positive,
     resolve_device,
     run_script,
     setting,
@@ -93,13 +95,10 @@ def check(settings: Settings) -> Settings:
     recipes(settings)
     if settings.seeds is not None and settings.seeds < 2:
         raise SettingsError(f"--seeds must be at least 2: an interval over seeds needs two; got {settings.seeds}")
-    for name, least in dict(first_seed=0, rank=0, num_samples=1, eval_limit=2, wd=0, collects_per_epoch=1,
-                            threads=0).items():  # fmt: skip
-        value = getattr(settings, name)
-        if value is not None and not value >= least:
-            raise SettingsError(f"--{name} must be at least {least}; got {value}")
-    if not 0 < settings.scale < float("inf"):
-        raise SettingsError(f"--scale must be positive; got {settings.scale}")
+    require_at_least(
+        settings, dict(first_seed=0, rank=0, num_samples=1, eval_limit=2, wd=0, collects_per_epoch=1, threads=0)
+    )
+    require_positive(settings, ("scale",))
     if not 0 < settings.confidence < 1:
         raise SettingsError(f"--confidence must be between 0 and 1; got {settings.confidence}")
     return settings

@@ -4,7 +4,6 @@ Learning rates were chosen on validation data alone, with seeds that are no seed
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.common import SettingsError
+from experiments.common import SettingsError, require_positive
 from experiments.datasets import Datasets, Split, load_dataset
 from experiments.models import build_model
 from experiments.train_setup import AUGMENTATION
@@ -294,9 +293,7 @@ def check(task: Task) -> Task:
             f"{task.name}: --train_limit must be at least twice --batch_size, which must be at least 2; "
             f"got {task.train_limit} and {task.batch_size}"
         )
-    for name in ("lr_init", "swa_lr"):
-        if not 0 < getattr(task, name) < math.inf:
-            raise SettingsError(f"--{name} must be positive; got {getattr(task, name)}")
+    require_positive(task, ("lr_init", "swa_lr"))
     if task.snapshots < 2:
         raise SettingsError(f"{task.name}: SWAG needs at least 2 snapshots, and gets {task.snapshots}: more --epochs")
     return task

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from experiments.common import SettingsError, setting
+from experiments.common import SettingsError, require_at_least, require_positive, setting
 from experiments.uncertainty_settings import find_names, names, temperatures_of
 
 CONSTRUCTIONS = ("random", "pca", "covariance", "freq_dir", "principal", "hessian", "curve")
@@ -102,14 +102,8 @@ def check(settings: Settings) -> Settings:
         eval_limit=2, sketch_size=2, max_products=1, num_samples=1, num_chains=1, burn_in=0, thin=1, predict_samples=1,
         steps=1, train_limit=2, batch_size=1, grid=0, checkpoint_every=1, seed=0, threads=0,
     )  # fmt: skip
-    for name, least in at_least.items():
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise SettingsError(f"--{name} must be at least {least}; got {value}")
-    for name in ("prior_std", "step_size", "lr", "init_std", "bn_subset", "scale"):
-        value = getattr(settings, name)
-        if value is not None and not 0 < value < math.inf:
-            raise SettingsError(f"--{name} must be positive; got {value}")
+    require_at_least(settings, at_least)
+    require_positive(settings, ("prior_std", "step_size", "lr", "init_std", "bn_subset", "scale"))
     if settings.bn_subset > 1:
         raise SettingsError(f"--bn_subset must be at most 1; got {settings.bn_subset}")
     if settings.grid == 1:

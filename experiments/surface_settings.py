@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from experiments import subspace_settings
-from experiments.common import SettingsError, require_at_least, setting
+from experiments.common import SettingsError, require_at_least, require_positive, setting
 from experiments.uncertainty_settings import of_training
 
 
@@ -46,8 +46,7 @@ def check_shared(settings: SurfaceSettings, **at_least: int) -> None:
     require_at_least(settings, shared | at_least)
     if not 0 < settings.bn_subset <= 1:
         raise SettingsError(f"--bn_subset must be in (0, 1]; got {settings.bn_subset}")
-    if not 0 < settings.scale < float("inf"):
-        raise SettingsError(f"--scale must be positive; got {settings.scale}")
+    require_positive(settings, ("scale",))
 
 
 def as_subspace(settings: SurfaceSettings, **own: object) -> subspace_settings.Settings:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from experiments.common import SettingsError, setting
+from experiments.common import SettingsError, require_at_least, require_fraction, require_positive, setting
 from experiments.uncertainty_settings import find_names, names
 
 SUBSPACE_METHODS = ("SGD", "SWAG", "Random+ESS", "PCA+ESS", "Curve+ESS", "VI", "NUTS")
@@ -107,18 +107,13 @@ def check(settings: Settings) -> Settings:
         random_rank=1, num_samples=8, chains=1, burn_in=0, thin=1, vi_steps=1, nuts_samples=4, nuts_warmup=1,
         hmc_chains=1, hmc_samples=4, hmc_warmup=1, hmc_depth=1, members=2, member_steps=1, mfvi_steps=1,
     )  # fmt: skip
-    for name, least in at_least.items():
-        if getattr(settings, name) < least:
-            raise SettingsError(f"--{name} must be at least {least}; got {getattr(settings, name)}")
+    require_at_least(settings, at_least)
     positive = [name for name in vars(settings) if name.endswith(("_std", "temperature", "_lr"))]
-    for name in (*positive, "x_max", "noise_variance", "lr_init", "scale", "random_length"):
-        if not 0 < getattr(settings, name) < math.inf:
-            raise SettingsError(f"--{name} must be positive; got {getattr(settings, name)}")
+    require_positive(settings, (*positive, "x_max", "noise_variance", "lr_init", "scale", "random_length"))
     for name in ("test_fraction", "outside_fraction"):
         if not 0 <= getattr(settings, name) <= 0.4:
             raise SettingsError(f"--{name} must be between 0 and 0.4; got {getattr(settings, name)}")
-    if not 0 <= settings.momentum < 1:
-        raise SettingsError(f"--momentum must be at least 0 and less than 1; got {settings.momentum}")
+    require_fraction(settings, ("momentum",))
     if not 0 <= settings.wd < math.inf:
         raise SettingsError(f"--wd must be at least 0; got {settings.wd}")
     if settings.epochs - settings.swag_start < 3:

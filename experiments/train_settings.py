@@ -1,12 +1,11 @@
 """The flags of `experiments.train`: swa_gaussian's by the same names, and what is new."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.common import SettingsError, fixed, setting
+from experiments.common import SettingsError, fixed, require_at_least, require_positive, setting
 
 SAMPLERS = ("SGLD", "SGHMC")
 OPTIMIZERS = ("SGD", "Adam", "AdamW", *SAMPLERS)
@@ -137,17 +136,11 @@ def check(settings: Settings) -> Settings:
         max_num_models=1, num_samples=1, save_freq=1, checkpoint_freq=1, eval_freq=1, momentum=0, wd=0, epsilon=0,
         cyclical_lr=0, ema_decay=0, bn_size=2, train_limit=1,
     )  # fmt: skip
-    for name, least in at_least.items():
-        value = getattr(settings, name)
-        if value is not None and not least <= value < math.inf:
-            raise SettingsError(f"--{name} must be at least {least}; got {value}")
+    require_at_least(settings, at_least)
     positive = (
         "lr_init", "swa_lr", "scale", "prior_var", "grad_clip", "temperature", "vi_init_std", "vi_std_lr", "prior_std",
     )  # fmt: skip
-    for name in positive:
-        value = getattr(settings, name)
-        if value is not None and not 0 < value < math.inf:
-            raise SettingsError(f"--{name} must be positive; got {value}")
+    require_positive(settings, positive)
     if settings.ema_decay >= 1:
         raise SettingsError(f"--ema_decay must be less than 1; got {settings.ema_decay}")
     _check_sampling(settings)

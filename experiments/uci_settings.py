@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from experiments.common import SettingsError, setting
+from experiments.common import SettingsError, require_at_least, require_fraction, require_positive, setting
 from experiments.uci_data import STANDARD
 from experiments.uci_training import Candidate, Recipe
 from experiments.uncertainty_settings import find_names, names
@@ -239,16 +239,9 @@ def check(settings: Settings) -> Settings:
         num_samples=2, tune_samples=2, chains=1, burn_in=0, thin=1, vi_steps=1, nuts_warmup=1, nuts_depth=1,
         gp_rows=10, gp_steps=1,
     )  # fmt: skip
-    for name, least in at_least.items():
-        value = getattr(settings, name)
-        if value is not None and not value >= least:
-            raise SettingsError(f"--{name} must be at least {least}; got {value}")
-    for name in ("clip", "scale", "temperature", "prior_std"):
-        value = getattr(settings, name)
-        if value is not None and not 0 < value < math.inf:
-            raise SettingsError(f"--{name} must be positive; got {value}")
-    if not 0 <= settings.momentum < 1:
-        raise SettingsError(f"--momentum must be at least 0 and less than 1; got {settings.momentum}")
+    require_at_least(settings, at_least)
+    require_positive(settings, ("clip", "scale", "temperature", "prior_std"))
+    require_fraction(settings, ("momentum",))
     if settings.no_schedule and settings.swag_lr is not None:
         raise SettingsError("--no_schedule and --swag_lr exclude each other: the rate stays at --lr_init")
     if "PCA+NUTS" in methods_of(settings) and find_spec("pyro") is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments import train_settings
-from experiments.common import SettingsError, setting
+from experiments.common import SettingsError, require_at_least, require_positive, setting
 from lowrank_bdl.models.registry import closest_first
 
 REQUIRED: Any = dataclasses.MISSING
@@ -156,18 +156,12 @@ def check(settings: Settings) -> Settings:
         seeds=1, first_seed=0, members=2, num_samples=1, tune_samples=1, ood_limit=1, eval_limit=2, chain_epochs=1,
         chain_burn_in=0, chain_snapshots=1, vi_epochs=1, fge_cycle=2, fge_min_lr=0, swa_start=0,
     )  # fmt: skip
-    for name, least in at_least.items():
-        value = getattr(settings, name)
-        if value is not None and not value >= least:
-            raise SettingsError(f"--{name} must be at least {least}; got {value}")
+    require_at_least(settings, at_least)
     positive = (
         "wd", "fge_lr", "chain_lr", "vi_lr", "vi_init_std", "scale", "noise_std", "noise_fraction",
         "prior_precision",
     )  # fmt: skip
-    for name in positive:
-        value = getattr(settings, name)
-        if value is not None and not 0 < value < math.inf:
-            raise SettingsError(f"--{name} must be positive; got {value}")
+    require_positive(settings, positive)
     temperatures_of(settings)
     if settings.members > 100:
         raise SettingsError(f"--members must be at most 100; got {settings.members}")

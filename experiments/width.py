@@ -43,6 +43,7 @@ from experiments.common import (
     format_table,
     parse_settings,
     replacing,
+    require_positive,
     resolve_device,
     run_script,
     setting,
@@ -93,10 +94,7 @@ def check(settings: Settings) -> Settings:
         SettingsError: Names the flag, its bounds and its value.
     """
     check_shared(settings, N=2, orth_N=2, K=1, line_N=2, swag_rank=1)
-    for name in ("dist", "orth_dist", "increase"):
-        value = getattr(settings, name)
-        if not 0 < value < float("inf"):
-            raise SettingsError(f"--{name} must be positive; got {value}")
+    require_positive(settings, ("dist", "orth_dist", "increase"))
     find_names("rays", settings.rays, RAYS, "kind of ray")
     if settings.run is None:
         raise SettingsError("--run is needed: a finished run of experiments.train --swa --cov_mat")

@@ -18,6 +18,8 @@ from experiments.common import (
     parse_settings,
     peak_memory,
     require_at_least,
+    require_fraction,
+    require_positive,
     resolve_device,
     setting,
     write_atomically,
@@ -190,13 +192,20 @@ def test_a_device_that_is_not_there_is_refused(name: str) -> None:
         resolve_device(name)
 
 
-def test_settings_below_their_least_value_are_named() -> None:
-    settings = SimpleNamespace(lr=0.0, limit=None, rate=math.inf, bad=math.nan)
-    require_at_least(settings, dict(lr=0, limit=3, rate=1))
-    for least, finite, message in (
-        (dict(lr=1), False, "--lr must be at least 1; got 0.0"),
-        (dict(bad=0), False, "--bad must be at least 0; got nan"),
-        (dict(rate=1), True, "--rate must be at least 1; got inf"),
+def test_settings_out_of_their_range_are_named() -> None:
+    settings = SimpleNamespace(lr=0.0, limit=None, rate=math.inf, bad=math.nan, one=1.0)
+    require_at_least(settings, dict(lr=0, limit=3, one=1))
+    require_positive(settings, ("one", "limit"))
+    require_fraction(settings, ("lr", "limit"))
+    for refuse, message in (
+        (lambda: require_at_least(settings, dict(one=0, lr=1)), "--lr must be at least 1; got 0.0"),
+        (lambda: require_at_least(settings, dict(bad=0)), "--bad must be at least 0; got nan"),
+        (lambda: require_at_least(settings, dict(rate=1)), "--rate must be at least 1; got inf"),
+        (lambda: require_positive(settings, ("one", "lr")), "--lr must be positive; got 0.0"),
+        (lambda: require_positive(settings, ("bad",)), "--bad must be positive; got nan"),
+        (lambda: require_positive(settings, ("rate",)), "--rate must be positive; got inf"),
+        (lambda: require_fraction(settings, ("lr", "one")), "--one must be at least 0 and less than 1; got 1.0"),
+        (lambda: require_fraction(settings, ("bad",)), "--bad must be at least 0 and less than 1; got nan"),
     ):
         with pytest.raises(SettingsError, match=message):
-            require_at_least(settings, least, finite=finite)
+            refuse()
