@@ -232,7 +232,11 @@ def trained_curve(bench: Bench, run: RunDir, name: str, ends: list[Tensor]) -> C
             raise SettingsError(f"--resume: {path} is between other networks; delete it to make it again")
         return found
     free = {"fix_start": not settings.free_start, "fix_end": not settings.free_end}
-    curve = KINDS[name].between(*ends, settings.num_bends, bench.layout, **free)
+    if settings.init_linear_off:
+        points = [ends[0], *fresh_points(bench, settings.num_bends - 2, device), ends[1]]
+        curve = KINDS[name](points, bench.layout, **free)
+    else:
+        curve = KINDS[name].between(*ends, settings.num_bends, bench.layout, **free)
     curve.provenance = {"identity": identity}
     loss = losses.SurfaceLoss(losses.cross_entropy, weight_decay=bench.weight_decay)
     epochs = settings.curve_epochs
@@ -241,6 +245,18 @@ def trained_curve(bench: Bench, run: RunDir, name: str, ends: list[Tensor]) -> C
     curve.save(path)
     checkpoint_of(run, name).unlink()
     return curve
+
+
+def fresh_points(bench: Bench, count: int, device: torch.device) -> list[Tensor]:
+    """Return the weights of so many untrained networks, each (D,), of seeds that no endpoint trained here has."""
+    found = []
+    for seed in range(2 * bench.settings.seed + 2, 2 * bench.settings.seed + 2 + count):
+        if bench.settings.toy is not None:
+            model: nn.Module = perceptron(TOY_WIDTH, seed, device)
+        else:
+            model = make_model(dataclasses.replace(bench.recipe, seed=seed), bench.data, device)
+        found.append(bench.layout.flatten(model))
+    return found
 
 
 def checkpoint_of(run: RunDir, name: str) -> Path:

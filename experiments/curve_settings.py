@@ -37,6 +37,7 @@ class Settings:
     num_bends: int = setting(3, "points of a curve, both ends among them")
     free_start: bool = setting(False, "also train the point at t = 0")
     free_end: bool = setting(False, "also train the point at t = 1")
+    init_linear_off: bool = setting(False, "start the bends at fresh networks, not on the line between the ends")
     curve_epochs: int | None = setting(
         None, "epochs to train a curve (default: 200; of --toy 400)", kind=int, alias="--epochs"
     )
@@ -118,6 +119,8 @@ def _check_points(settings: Settings) -> None:
         raise SettingsError(f"--curve must be some of {', '.join(TRAINED)}; got {settings.curve!r}")
     if settings.num_bends == 2 and settings.curves and not (settings.free_start or settings.free_end):
         raise SettingsError("--num_bends 2 leaves nothing to train between two fixed ends; at least 3 are needed")
+    if settings.init_linear_off and (settings.num_bends == 2 or not settings.curves):
+        raise SettingsError("--init_linear_off needs a curve with points between its ends: no --ckpt, --num_bends 3")
     if settings.ckpt is not None:
         if settings.init_start is not None or settings.init_end is not None:
             raise SettingsError("--ckpt names all points of the path; leave --init_start and --init_end out")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 import lowrank_bdl as lb
@@ -179,6 +180,16 @@ def test_the_toy_runs_and_is_drawn(tmp_path: Path) -> None:
     assert results(tmp_path)["data"]["images"] == {"train": 600, "test": 600}
 
 
+def test_bends_start_at_fresh_networks_where_asked(tmp_path: Path) -> None:
+    flags = ["--init_linear_off", "--num_bends", "4", "--endpoint_epochs", "1", "--epochs", "1", "--num_points", "3"]
+    assert run(tmp_path, "--toy", "two_spirals", "--curve", "PolyChain", "--lr", "1e-12", *flags) == 0
+    found = lb.load_posterior(tmp_path / "curve-PolyChain.safetensors")
+    assert isinstance(found, PolygonalChain) and found.num_points == 4
+    for number, bend in enumerate((found.point_1, found.point_2)):
+        fresh = nn.utils.parameters_to_vector(perceptron(24, 4 + number, torch.device("cpu")).parameters())
+        assert torch.allclose(bend, fresh, atol=1e-9)
+
+
 def test_two_spirals_are_two_and_a_small_perceptron_takes_them() -> None:
     points, classes = two_spirals(401, torch.Generator().manual_seed(0))
     assert points.shape == (401, 2) and classes.sum() == 200
@@ -200,6 +211,8 @@ def test_two_spirals_are_two_and_a_small_perceptron_takes_them() -> None:
         ("--ckpt a,b --init_start a --init_end b", "--ckpt names all points of the path"),
         ("--toy two_spirals --model LeNet5", "--toy has a network and weights of its own"),
         ("--toy two_spirals --num_bends 2", "--num_bends 2 leaves nothing to train"),
+        ("--toy two_spirals --init_linear_off --free_end --num_bends 2", "--init_linear_off needs a curve with points"),
+        ("--ckpt a,b --init_linear_off", "--init_linear_off needs a curve with points between its ends"),
         ("--toy two_spirals --num_bends 1", "--num_bends must be at least 2; got 1"),
         ("--toy two_spirals --curve Bezier,Spline", "--curve must be some of PolyChain, Bezier; got 'Bezier,Spline'"),
         ("--toy two_spirals --lr 0", "--lr must be positive; got 0.0"),
