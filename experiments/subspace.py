@@ -8,6 +8,7 @@ subspaces  pca (of SWAG's deviations), covariance (the raw deviations), random, 
 methods    ess (elliptical slice), slice (coordinate by coordinate), nuts, sgld, sghmc, vi (mean-field), vi_full, flow,
            map, low_rank_gaussian (no data: z ~ N(0, scale I))
 
+A finished run takes more draws, where R-hat asks for them, with --resume and a larger --num_samples.
 SGD, SWA and SWAG are in the same table; every NLL difference comes with a 95 % interval, image by image.
 
 Examples:
@@ -93,7 +94,7 @@ class Work:
         """Take what an earlier part of the run has finished."""
         for cell in self.planned:
             found = self.folder.read_cell(f"{cell.name}/cell.json", self.recipe)
-            if found is None:
+            if found is None or self._is_short(cell, found["num_draws"]):
                 continue
             path = self.folder.path / cell.name / "ens.npz"
             try:
@@ -101,6 +102,20 @@ class Work:
             except (OSError, ValueError, KeyError) as error:
                 raise SettingsError(f"--resume: cannot read {path}: {error}; delete its folder") from None
             self.cells[cell.name] = found
+
+    def _is_short(self, cell: Cell, had: int) -> bool:
+        """Say whether more draws of each chain are asked for now than a finished row had, and change it.
+
+        Raises:
+            SettingsError: If fewer are.
+        """
+        now = self.settings.num_samples
+        if now < had:
+            raise SettingsError(
+                f"--num_samples must be at least the {had} of {cell.label} in {self.folder.path}; got {now}"
+            )
+        of_draws = cell.subspace is not None or (cell.method == "SWAG" and self.settings.predict_samples is None)
+        return of_draws and now > had
 
     def make_subspaces(self) -> None:
         """Make what is costly, unless an earlier part of the run has, and write all."""
@@ -131,6 +146,7 @@ class Work:
         path = self.folder.path / cell.name
         path.mkdir(exist_ok=True)
         record: dict[str, Any] = {"cell": {"method": cell.method, "subspace": cell.subspace}, "recipe": self.recipe}
+        record["num_draws"] = self.settings.num_samples
         record["cell"]["temperature"] = cell.temperature
         samples = None
         if cell.subspace is None:

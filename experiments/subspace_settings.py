@@ -55,7 +55,7 @@ class Settings:
     method: str = setting("ess", f"which, separated by commas: {', '.join(METHODS)}", free=True)
     temperature: str = setting("1", "divides the log-likelihood; several are separated by commas", free=True)
     prior_std: float = setting(1.0, "standard deviation of every coordinate's prior")
-    num_samples: int = setting(30, "draws of each chain")
+    num_samples: int = setting(30, "draws of each chain; with --resume also more than before", free=True)
     num_chains: int = setting(4, "chains")
     burn_in: int = setting(20, "steps of each chain (warm-up of nuts) before the first draw")
     thin: int = setting(1, "steps for each draw")

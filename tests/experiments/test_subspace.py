@@ -361,6 +361,29 @@ def test_a_killed_chain_goes_on_and_ends_in_the_same_numbers(
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_a_finished_run_takes_more_draws_and_ends_as_one_that_had_them_at_once(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grown, at_once = tmp_path / "grown", tmp_path / "at_once"
+    rows = ["--subspace", "pca", "--predict_samples", "6"]
+    assert run(trained, grown, *rows) == 0 and run(trained, at_once, *rows, "--num_samples", "7") == 0
+    before = {name: (grown / name / "cell.json").stat().st_mtime_ns for name in ("SWA", "SWAG")}
+    steps: list[Any] = []
+    step = EllipticalSlice.step
+    monkeypatch.setattr(EllipticalSlice, "step", lambda *args: steps.append(args) or step(*args))
+    assert run(trained, grown, *rows, "--num_samples", "7", "--resume") == 0
+    assert len(steps) == 3 and results(grown)["cells"]["pca-ess-t4"]["chains"]["draws"] == 7
+    assert {name: (grown / name / "cell.json").stat().st_mtime_ns for name in before} == before
+    for found in (ours := results(grown), theirs := results(at_once)):
+        for cell in found["cells"].values():
+            del cell["num_draws"]  # rows that no chain enters keep the number of the run that made them
+    assert without_times(ours) == without_times(theirs)
+    capsys.readouterr()
+    assert run(trained, grown, *rows, "--num_samples", "5", "--resume") == 2
+    assert "--num_samples must be at least the 7 of pca ess, T = 4 in" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_rows_may_be_added_and_settings_may_not_change(
     trained: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
