@@ -145,9 +145,9 @@ def picture(path: Path, surface: SimplicialComplex, loss: Tensor, steps: int, la
             axes.set_zticklabels([])  # the height is the colour's value
         else:
             axes.set_box_aspect(np.maximum(np.ptp(shown, axis=0), 0.15 * np.ptp(shown)), zoom=0.8)
-            axes.set_zlabel("weights")
-        axes.set_xlabel("weights")
-        axes.set_ylabel("weights")
+            axes.set_zlabel("weights", labelpad=10)
+        axes.set_xlabel("weights", labelpad=10)
+        axes.set_ylabel("weights", labelpad=10)
         axes.set_title(title)
         figure.colorbar(ScalarMappable(norm, "viridis_r"), ax=axes, label=label, shrink=0.7, pad=0.08)
         plots._save(figure, path)
