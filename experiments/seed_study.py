@@ -148,6 +148,7 @@ def draw(
                 if method == baseline:
                     panel.axvline(level["mean"], color="#777777", linestyle="--", linewidth=1.2, zorder=0)
             panel.set_xlabel(f"{measure.title} ({'less' if measure.less_is_better else 'more'} is better)")
+            panel.locator_params(axis="x", nbins=5)
             panel.grid(False, axis="y")
             panel.margins(x=0.12)
         axes[0, 0].set_yticks(range(len(methods)), methods)
