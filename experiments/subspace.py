@@ -104,7 +104,11 @@ class Work:
             self.cells[cell.name] = found
 
     def _is_short(self, cell: Cell, had: int) -> bool:
-        """Say whether more draws of each chain are asked for now than a finished row had, and change it.
+        """Say whether a finished row needs the further draws of each chain that are asked for now.
+
+        Args:
+            cell: The row.
+            had: Draws of each chain when it was finished.
 
         Raises:
             SettingsError: If fewer are.
