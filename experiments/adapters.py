@@ -101,22 +101,11 @@ def check(settings: Settings) -> Settings:
         SettingsError: Names the flag, its bounds and its value.
     """
     seed_study.check_seeds(settings)
-    require_at_least(
-        settings,
-        dict(
-            pretrain_limit=1,
-            pretrain_epochs=1,
-            layers=1,
-            labels=2,
-            rank=1,
-            epochs=5,
-            batch_size=1,
-            max_num_models=0,
-            num_samples=1,
-            exported=0,
-            threads=0,
-        ),
-    )
+    at_least = dict(
+        pretrain_limit=1, pretrain_epochs=1, layers=1, labels=2, rank=1, epochs=5, batch_size=1, max_num_models=0,
+        num_samples=1, exported=0, threads=0,
+    )  # fmt: skip
+    require_at_least(settings, at_least)
     require_positive(settings, ("pretrain_lr", "lr_init", "swa_lr", "scale"))
     if settings.hidden_size < 4 or settings.hidden_size % 4:
         raise SettingsError(f"--hidden_size must be a multiple of 4, the heads; got {settings.hidden_size}")

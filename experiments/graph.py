@@ -113,25 +113,11 @@ def check(settings: Settings) -> Settings:
     own = {name: value for name, value in RECIPES[settings.dataset].items() if getattr(settings, name) is None}
     settings = dataclasses.replace(settings, **own)
     seed_study.check_seeds(settings)
-    require_at_least(
-        settings,
-        dict(
-            epochs=2,
-            batch_size=1,
-            wd=0,
-            swa_start=1,
-            swa_c_epochs=1,
-            max_num_models=0,
-            num_samples=1,
-            hidden=1,
-            layers=2,
-            train_graphs=1,
-            eval_graphs=1,
-            min_size=1,
-            data_seed=0,
-            threads=0,
-        ),
-    )
+    at_least = dict(
+        epochs=2, batch_size=1, wd=0, swa_start=1, swa_c_epochs=1, max_num_models=0, num_samples=1, hidden=1, layers=2,
+        train_graphs=1, eval_graphs=1, min_size=1, data_seed=0, threads=0,
+    )  # fmt: skip
+    require_at_least(settings, at_least)
     require_positive(settings, ("lr_init", "swa_lr", "scale"))
     require_fraction(settings, ("momentum", "dropout"))
     for name in ("inside", "between"):

@@ -99,27 +99,11 @@ def check(settings: Settings) -> Settings:
         SettingsError: Names the flag, its bounds and its value.
     """
     seed_study.check_seeds(settings)
-    require_at_least(
-        settings,
-        dict(
-            length=1,
-            text_seed=0,
-            hidden=1,
-            layers=1,
-            heads=1,
-            seq_len=2,
-            epochs=2,
-            batch_size=1,
-            eval_batch_size=1,
-            wd=0,
-            swa_start=1,
-            collects_per_epoch=1,
-            lawa_window=1,
-            max_num_models=0,
-            num_samples=1,
-            threads=0,
-        ),
-    )
+    at_least = dict(
+        length=1, text_seed=0, hidden=1, layers=1, heads=1, seq_len=2, epochs=2, batch_size=1, eval_batch_size=1, wd=0,
+        swa_start=1, collects_per_epoch=1, lawa_window=1, max_num_models=0, num_samples=1, threads=0,
+    )  # fmt: skip
+    require_at_least(settings, at_least)
     require_positive(settings, ("lr_init", "swa_lr", "scale", "grad_clip"))
     require_fraction(settings, ("momentum", "dropout", "ema_decay"))
     if settings.seq_len % 2:

@@ -92,21 +92,11 @@ def check(settings: Settings) -> Settings:
         SettingsError: Names the flag, its bounds and its value.
     """
     seed_study.check_seeds(settings)
-    require_at_least(
-        settings,
-        dict(
-            epochs=2,
-            batch_size=1,
-            collects_per_epoch=1,
-            wd=0,
-            tune_epochs=1,
-            cycle=2,
-            train_limit=2,
-            eval_limit=1,
-            bn_size=2,
-            threads=0,
-        ),
-    )
+    at_least = dict(
+        epochs=2, batch_size=1, collects_per_epoch=1, wd=0, tune_epochs=1, cycle=2, train_limit=2, eval_limit=1,
+        bn_size=2, threads=0,
+    )  # fmt: skip
+    require_at_least(settings, at_least)
     require_positive(settings, ("lr_init", "swa_lr", "level_lr"))
     require_fraction(settings, ("momentum",))
     for name in ("bits", "activation_bits", "level_bits"):

@@ -92,21 +92,11 @@ def check(settings: Settings) -> Settings:
         SettingsError: Names the flag, its bounds and its value.
     """
     seed_study.check_seeds(settings)
-    require_at_least(
-        settings,
-        dict(
-            large_batch=1,
-            large_epochs=1,
-            small_batch=1,
-            small_epochs=1,
-            wd=0,
-            num_samples=1,
-            train_limit=2,
-            eval_limit=1,
-            bn_size=2,
-            threads=0,
-        ),
-    )
+    at_least = dict(
+        large_batch=1, large_epochs=1, small_batch=1, small_epochs=1, wd=0, num_samples=1, train_limit=2, eval_limit=1,
+        bn_size=2, threads=0,
+    )  # fmt: skip
+    require_at_least(settings, at_least)
     require_positive(settings, ("large_lr", "small_lr", "scale", "stop_accuracy"))
     require_fraction(settings, ("momentum",))
     return settings
