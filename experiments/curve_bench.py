@@ -21,7 +21,7 @@ from experiments.datasets import Datasets
 from experiments.ensembling import load_data
 from experiments.evaluation import BN_BATCH_SIZE, has_batch_norm
 from experiments.hessian_points import read_point
-from experiments.train_setup import bn_images, make_model, training_batches, try_model
+from experiments.train_setup import arithmetic, bn_images, make_model, training_batches, try_model
 from experiments.two_spirals import NAME, load_two_spirals, perceptron
 from experiments.uncertainty_members import is_finished, read_settings
 from lowrank_bdl.surfaces.curves import BezierCurve, Curve, PolygonalChain
@@ -193,9 +193,7 @@ def toy_network(bench: Bench, run: RunDir, number: int) -> Tensor:
     model = perceptron(TOY_WIDTH, 2 * bench.settings.seed + number, run.device)
     loss: losses.Loss = losses.cross_entropy
     if bench.weight_decay:
-        loss = losses.GaussianPrior(
-            loss, 1 / bench.weight_decay, 1
-        )  # the penalty of the curves: half of it times |w|^2
+        loss = losses.GaussianPrior(loss, 1 / bench.weight_decay, 1)  # as of the curves: half of it times |w|^2
     epochs = bench.settings.endpoint_epochs
     assert epochs is not None
     fit(bench, run, f"network-{number + 1}", model, list(model.parameters()), loss, epochs)
@@ -288,6 +286,7 @@ def fit(
         schedule=schedules.SWAGLR(optimizer, swa_lr=FINAL_LR * rate, horizon=epochs),
         metrics={"accuracy": losses.accuracy},
         seed=settings.seed,
+        **arithmetic(bench.recipe),
     )
     checkpoint = checkpoint_of(run, name)
     facts = {"identity": identity, "epochs": epochs}

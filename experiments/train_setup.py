@@ -140,9 +140,16 @@ def make_trainer(settings: Settings, data: Datasets, device: torch.device) -> Tr
         metrics={"accuracy": losses.accuracy} | ({"nll": negative_log_likelihood} if settings.vi else {}),
         seed=settings.seed,
         clip_grad_norm=settings.grad_clip,
-        autocast={"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[settings.amp],
-        memory_format=torch.channels_last if settings.channels_last else None,
+        **arithmetic(settings),
     )
+
+
+def arithmetic(settings: Settings) -> dict[str, Any]:
+    """Return the precision and the order in memory that a trainer computes with."""
+    return {
+        "autocast": {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[settings.amp],
+        "memory_format": torch.channels_last if settings.channels_last else None,
+    }
 
 
 def network(trainer: Trainer) -> nn.Module:

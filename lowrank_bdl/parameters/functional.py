@@ -192,6 +192,17 @@ class StatelessModel:
         return output
 
 
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Cast and move a value to where a parameter is; keep the channels last where the parameter has them there.
+
+    A network whose filters have them last runs in that order, which is faster, whatever the order of its inputs.
+    """
+    value = value.to(parameter)
+    if parameter.ndim < 4 or parameter.is_contiguous() or not parameter.movedim(1, -1).is_contiguous():
+        return value
+    return value.movedim(1, -1).contiguous().movedim(-1, 1)  # contiguous(memory_format=...) is refused under vmap
+
+
 class FunctionalModel:
     r"""The map :math:`(\theta, x) \mapsto f_\theta(x)`; the model's own weights and buffers stay as they are.
 
@@ -210,8 +221,8 @@ class FunctionalModel:
     Raises:
         ShapeError: If model and layout differ.
 
-    Cost: a forward pass, plus O(P) and a copy of the buffers; θ is copied only where its dtype or device is not the
-    parameter's.
+    Cost: a forward pass, plus O(P) and a copy of the buffers; θ is copied only where its dtype, device or memory format
+    is not the parameter's.
 
     Example:
         >>> f = FunctionalModel(nn.Linear(2, 1))
@@ -225,13 +236,13 @@ class FunctionalModel:
         self.stateless = StatelessModel(model, call_fn)
 
     def named(self, theta: Tensor) -> dict[str, Tensor]:
-        """Split θ into tensors of the model's present dtypes and devices, differentiably.
+        """Split θ into tensors of the model's present dtypes, devices and memory formats, differentiably.
 
         Args:
             theta: Shape ``(D,)``.
 
         Returns:
-            Name to tensor; views where nothing has to be cast.
+            Name to tensor; views where nothing has to be cast, and filters are not to have their channels last.
 
         Raises:
             ShapeError: If ``theta`` is not ``(D,)``.
@@ -239,7 +250,7 @@ class FunctionalModel:
         if theta.shape != (self.layout.numel,):
             raise ShapeError(f"theta must have shape ({self.layout.numel},); got {tuple(theta.shape)}.")
         parts = self.layout.unflatten(theta)
-        return {name: parts[name].to(own) for name, own in zip(self.layout.names, self._parameters, strict=True)}
+        return {name: _like(parts[name], own) for name, own in zip(self.layout.names, self._parameters, strict=True)}
 
     def __call__(self, theta: Tensor, batch: Any, buffers: Mapping[str, Tensor] | None = None) -> Any:
         """Evaluate the network at θ.

@@ -1,6 +1,7 @@
 """Curves between networks, end to end at a tiny size: what each number is, going on, chains of files, refusals."""
 
 import json
+import shutil
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -251,6 +252,27 @@ def test_weights_that_do_not_fit_are_refused(
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, flags
         assert not (tmp_path / "new").exists()
+
+
+def test_a_curve_is_trained_in_the_precision_of_its_network(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = tmp_path / "start"
+    shutil.copytree(finished / "start", start)
+    settings = json.loads((start / "settings.json").read_text())
+    (start / "settings.json").write_text(json.dumps(settings | {"amp": "bfloat16", "channels_last": True}))
+    seen = []
+    init = Trainer.__init__
+
+    def noted(self: Trainer, model: nn.Module, *args: Any, **options: Any) -> None:
+        init(self, model, *args, **options)
+        seen.append((self.autocast, self.memory_format, all(p.is_contiguous() for p in model.parameters())))
+
+    monkeypatch.setattr(Trainer, "__init__", noted)
+    flags = "--curve Bezier --num_points 2 --epochs 1 --eval_limit 40 --threads 1".split()
+    ends = ["--init_start", str(start), "--init_end", str(finished / "end")]
+    assert run(tmp_path / "curve", *ends, *flags) == 0
+    assert seen == [(torch.bfloat16, torch.channels_last, False)]
 
 
 def test_other_settings_or_ends_are_not_gone_on_with(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,6 +70,36 @@ def test_present_dtype_of_the_model_wins(generator):
     assert f(theta, x.double()).dtype == torch.float64
 
 
+@pytest.mark.parametrize("vmapped", [False, True])
+def test_filters_have_their_channels_last_where_the_model_has(generator, vmapped):
+    """Every intermediate image of the network is in that order then, although the inputs are not."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 2), nn.Flatten(), nn.Linear(18, 2)).double()
+    x = torch.randn(5, 3, 6, 6, generator=generator, dtype=torch.float64)
+    f = FunctionalModel(model)
+    thetas = torch.randn(2, f.layout.numel, generator=generator, dtype=torch.float64)
+
+    def evaluated():
+        if vmapped:
+            return torch.vmap(lambda theta: f(theta, x))(thetas)
+        return torch.stack([f(theta, x) for theta in thetas])
+
+    def gradient():
+        return torch.func.grad(lambda theta: f(theta, x).square().sum())(thetas[0])
+
+    expected, expected_gradient = evaluated(), gradient()
+    assert all(part.data_ptr() >= thetas.data_ptr() for part in f.named(thetas[0]).values())  # views
+    model.to(memory_format=torch.channels_last)
+    assert f.named(thetas[0])["0.weight"].stride() == model[0].weight.stride() != (27, 9, 3, 1)
+    order = []
+    if not vmapped:
+        model[2].register_forward_hook(
+            lambda layer, args, out: order.append(args[0].is_contiguous(memory_format=torch.channels_last))
+        )
+    torch.testing.assert_close(evaluated(), expected)
+    torch.testing.assert_close(gradient(), expected_gradient)
+    assert vmapped or (order and all(order))
+
+
 def test_writes_into_buffers_are_dropped(generator):
     model, x = build("conv")
     model.train()
