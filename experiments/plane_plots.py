@@ -124,9 +124,9 @@ def surface(path: Path, drawn: Drawn, title: str) -> None:
         options = dict(rcount=len(image), ccount=image.shape[1], linewidth=0, antialiased=False, shade=False)
         faces = plt.get_cmap(COLORMAP)(shares)
         axes.plot_surface(drawn.grid[..., 0], drawn.grid[..., 1], height, facecolors=faces, **options)
-        axes.set_xlabel(drawn.axes[0])
-        axes.set_ylabel(drawn.axes[1])
-        axes.set_zlabel("training loss [nats]")
+        axes.set_xlabel(drawn.axes[0], labelpad=10)
+        axes.set_ylabel(drawn.axes[1], labelpad=10)
+        axes.set_zlabel("training loss [nats]", labelpad=14)  # clear of the numbers
         axes.view_init(elev=42, azim=-62)
         axes.set_title(title)
         plots._save(figure, path)
