@@ -242,7 +242,7 @@ class FunctionalModel:
             theta: Shape ``(D,)``.
 
         Returns:
-            Name to tensor; views where nothing has to be cast, and filters are not to have their channels last.
+            Name to tensor; views, except where one has to be cast or filters have to get their channels last.
 
         Raises:
             ShapeError: If ``theta`` is not ``(D,)``.
