@@ -413,7 +413,8 @@ def peak_memory(work: Callable[[], S], device: torch.device) -> tuple[S, int]:
         torch.cuda.synchronize(device)
         return result, torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports a missing GPU as an error
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
         result = work()
     held = peak = 0
     for event in profile.profiler.kineto_results.events():

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 def peak_bytes(run: Callable[[], T]) -> tuple[int, T]:
     """Return the most bytes that had been allocated at once beyond those from before the call, and its result."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         result = run()
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     assert events, "the profiler saw no allocation"

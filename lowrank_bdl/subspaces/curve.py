@@ -30,7 +30,8 @@ def curve_subspace(points: Tensor, layout: ParameterLayout | None = None, *, con
         The subspace, of rank n - 1; columns are orthogonal.
 
     Raises:
-        ShapeError: If ``points`` is not ``(n, D)`` with n >= 3, or the points lie in fewer than n - 1 dimensions.
+        ShapeError: If ``points`` is not ``(n, D)`` with n >= 3, or the points lie in fewer than n - 1 dimensions, to
+            within rounding (of the points, and about 1e-7 of the distances between them).
         NonFiniteError: If a point is not finite.
 
     Cost: two reads of the points in float64, one write of the basis.
@@ -52,15 +53,19 @@ def curve_subspace(points: Tensor, layout: ParameterLayout | None = None, *, con
     steps = (curve[order] - curve[:1]).to(points.device)  # rows sum to 0: w_1 may be subtracted from every point first
     parts = list(column_chunks(points.shape[1], points.device))
     gram = torch.zeros((n - 1, n - 1), dtype=torch.float64, device=points.device)
+    squares = torch.zeros(n, dtype=torch.float64, device=points.device)
     for part in parts:
+        squares += points[:, part].double().square().sum(1)
         differences = steps @ _from_first(points, part)
         gram += differences @ differences.mT
     cholesky, failed = torch.linalg.cholesky_ex(gram)
     residuals = cholesky.diagonal()
-    limit = n * torch.finfo(points.dtype).eps * gram.diagonal().max().sqrt()
-    finite = bool(gram.isfinite().all())
-    if finite and (int(failed) or not bool((residuals > limit).all())):
-        raise ShapeError(f"{n} points must span {n - 1} dimensions; they lie in fewer (on one line, if there are 3).")
+    if bool(gram.isfinite().all()):
+        noise = torch.finfo(points.dtype).eps * squares.max().sqrt()  # of the points' own rounding, at most
+        if int(failed) or bool((residuals <= noise).any()) or _nearly_singular(gram):
+            raise ShapeError(
+                f"{n} points must span {n - 1} dimensions; they lie in fewer (on one line, if there are 3)."
+            )
     side = math.sqrt(2 * n / (n - 1))
     heights = [side * math.sqrt((m + 1) / (2 * m)) for m in range(1, n)]
     scales = residuals / torch.tensor(heights, dtype=torch.float64, device=points.device)
@@ -74,6 +79,13 @@ def curve_subspace(points: Tensor, layout: ParameterLayout | None = None, *, con
         origin[part] = (points[0, part].double() + weights @ differences).to(dtype)
     provenance = {"construction": "curve", "points": n, "control_points": control_points}
     return Subspace(layout, origin, basis.mT, provenance)
+
+
+def _nearly_singular(gram: Tensor) -> bool:
+    """Whether rounding alone could be what makes a Gram matrix in float64 regular, whatever its vectors' lengths."""
+    lengths = gram.diagonal().sqrt()
+    smallest = torch.linalg.eigvalsh(gram / (lengths[:, None] * lengths))[0]
+    return bool(smallest <= 16 * len(gram) * torch.finfo(gram.dtype).eps)
 
 
 def _from_first(points: Tensor, part: slice) -> Tensor:

@@ -67,7 +67,8 @@ def test_the_gradient_of_unflatten_costs_one_pass_whatever_the_number_of_paramet
     layout = ParameterLayout.from_module(nn.Sequential(*(nn.Linear(3, 2) for _ in range(40))))
     theta = torch.ones(layout.numel, requires_grad=True)
     parts = layout.unflatten(theta)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
         sum(part.sum() for part in parts.values()).backward()
     allocated = sum(
         e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]" and e.nbytes() > 0

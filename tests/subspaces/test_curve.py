@@ -63,12 +63,26 @@ def test_points_far_from_zero_lose_nothing() -> None:
     assert_close(found.basis, exact.basis, F32)
 
 
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("n", [3, 5])
+def test_points_that_are_flat_to_within_rounding_are_refused_and_others_are_not(n: int, dtype: torch.dtype) -> None:
+    for seed in range(50):
+        g = torch.Generator().manual_seed(seed)
+        frame = torch.linalg.qr(torch.randn(30, n, dtype=F64, generator=g)).Q.mT
+        corners, across = frame[:-1], frame[-1]
+        between = (torch.rand(n - 1, dtype=F64, generator=g) + 0.2).softmax(0) @ corners
+        with pytest.raises(ShapeError, match=f"{n} points must span {n - 1} dimensions"):
+            curve_subspace(torch.cat([corners[:1], between[None], corners[1:]]).to(dtype))
+        higher = between + {F32: 1e-5, F64: 1e-6}[dtype] * across
+        assert curve_subspace(torch.cat([corners[:1], higher[None], corners[1:]]).to(dtype)).rank == n - 1
+    with pytest.raises(ShapeError, match="3 points must span 2 dimensions"):
+        curve_subspace(points(3, 1, dtype))
+
+
 def test_bad_points() -> None:
     line = torch.arange(3.0)[:, None] * torch.ones(5) + 1
     with pytest.raises(ShapeError, match="3 points must span 2 dimensions; they lie in fewer"):
         curve_subspace(line)
-    with pytest.raises(ShapeError, match="3 points must span 2 dimensions"):
-        curve_subspace(points(3, 1))
     with pytest.raises(ShapeError, match=r"n >= 3; got \(2, 5\)"):
         curve_subspace(torch.zeros(2, 5))
     with pytest.raises(ShapeError, match=r"must be real .* torch.int64"):
