@@ -55,8 +55,9 @@ def curve_subspace(points: Tensor, layout: ParameterLayout | None = None, *, con
     gram = torch.zeros((n - 1, n - 1), dtype=torch.float64, device=points.device)
     squares = torch.zeros(n, dtype=torch.float64, device=points.device)
     for part in parts:
-        squares += points[:, part].double().square().sum(1)
-        differences = steps @ _from_first(points, part)
+        chunk = points[:, part].double()
+        squares += chunk.square().sum(1)
+        differences = steps @ (chunk - chunk[:1])
         gram += differences @ differences.mT
     cholesky, failed = torch.linalg.cholesky_ex(gram)
     residuals = cholesky.diagonal()
@@ -74,9 +75,10 @@ def curve_subspace(points: Tensor, layout: ParameterLayout | None = None, *, con
     origin = torch.empty(points.shape[1], dtype=dtype, device=points.device)
     weights = curve.mean(0).to(points.device)
     for part in parts:
-        differences = _from_first(points, part)
+        chunk = points[:, part].double()
+        differences = chunk - chunk[:1]
         basis[:, part] = (mix @ differences).to(dtype)
-        origin[part] = (points[0, part].double() + weights @ differences).to(dtype)
+        origin[part] = (chunk[0] + weights @ differences).to(dtype)
     provenance = {"construction": "curve", "points": n, "control_points": control_points}
     return Subspace(layout, origin, basis.mT, provenance)
 
@@ -86,11 +88,6 @@ def _nearly_singular(gram: Tensor) -> bool:
     lengths = gram.diagonal().sqrt()
     smallest = torch.linalg.eigvalsh(gram / (lengths[:, None] * lengths))[0]
     return bool(smallest <= 16 * len(gram) * torch.finfo(gram.dtype).eps)
-
-
-def _from_first(points: Tensor, part: slice) -> Tensor:
-    chunk = points[:, part].double()
-    return chunk - chunk[:1]
 
 
 def _bernstein(n: int) -> Tensor:
