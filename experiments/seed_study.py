@@ -132,17 +132,29 @@ def draw(
     baseline: str,
     title: str,
 ) -> None:
-    """A panel for each measure: every seed a dot, the mean a bar across; the baseline as a dashed line."""
+    """A panel for each measure: every seed a dot, the mean a bar across; the baseline as a dashed line.
+
+    Where the baseline, and what is near it, would hide how the others differ, an arrow with the value points to them.
+    """
     methods = list(found)
     with plt.rc_context(plots.STYLE):
         height = 1.2 + 0.42 * len(methods)
         figure, axes = plots._axes(1.8 + 3.6 * len(measures), height, ncols=len(measures), sharey=True, squeeze=False)
         for panel, measure in zip(axes[0], measures, strict=True):
+            levels = {method: found[method][measure.name] for method in methods if measure.name in found[method]}
+            shown = near_the_best(levels, baseline, measure.less_is_better)
             for row, method in enumerate(methods):
-                if measure.name not in found[method]:
+                if method not in levels:
                     continue
-                level = found[method][measure.name]
+                level = levels[method]
                 color = plots.COLORS.get(method, "#0072B2")
+                if method not in shown:
+                    side, arrow = (0.98, "{} →") if measure.less_is_better else (0.02, "← {}")
+                    panel.text(
+                        side, row, arrow.format(f"{level['mean']:.{measure.digits}f}"), color=color, va="center",
+                        ha="right" if measure.less_is_better else "left", transform=panel.get_yaxis_transform(),
+                    )  # fmt: skip
+                    continue
                 panel.plot(level["values"], [row] * len(level["values"]), "o", color=color, alpha=0.55, markersize=6)
                 panel.plot([level["mean"]], [row], "|", color=color, markersize=18, markeredgewidth=2.4)
                 if method == baseline:
@@ -155,6 +167,28 @@ def draw(
         axes[0, 0].set_ylim(len(methods) - 0.5, -0.5)
         figure.suptitle(title, fontsize=12)
         plots._save(figure, path)
+
+
+def near_the_best(levels: Mapping[str, Mapping[str, Any]], baseline: str, less_is_better: bool) -> set[str]:
+    """Return the methods that an axis has to show.
+
+    Those are all, unless the ones that have come three quarters of the way from the baseline to the best are two or
+    more and would have less than an eighth of the axis to differ in.
+
+    Args:
+        levels: ``mean`` and ``values`` of each method.
+        baseline: The method that learns nothing.
+        less_is_better: Which end is the best.
+    """
+    means = {method: float(level["mean"]) for method, level in levels.items()}
+    if baseline not in means or not all(math.isfinite(mean) for mean in means.values()):
+        return set(means)
+    best = (min if less_is_better else max)(means.values())
+    away = {method: abs(mean - best) for method, mean in means.items()}
+    near = {method for method in means if away[method] <= away[baseline] / 4}
+    values = [value for method in near for value in levels[method]["values"]]
+    hidden = max(values) - min(values) < max(away.values()) / 8
+    return near if hidden and 1 < len(near) < len(means) else set(means)
 
 
 def finish(

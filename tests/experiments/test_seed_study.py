@@ -64,6 +64,30 @@ def test_table_figure_and_record(tmp_path: Path) -> None:
     assert picture.shape[1] > 600 and picture[..., :3].std() > 0.01
 
 
+@pytest.mark.parametrize(
+    "means,less_is_better,hidden",
+    [
+        ({"unigram": 26.0, "bigram": 11.0, "SGD": 3.2, "SWA": 3.1}, True, {"unigram", "bigram"}),
+        ({"unigram": 10.0, "SGD": 95.0, "SWA": 95.5}, False, {"unigram"}),
+        ({"unigram": 10.0, "SGD": 70.0, "SWA": 90.0}, False, set()),  # a difference that is seen beside the baseline
+        ({"unigram": 10.0, "SGD": 40.0, "SWA": 90.0}, False, set()),  # one alone is near the best
+        ({"unigram": 0.0, "SGD": 9.0, "SWA": 9.1}, True, set()),  # the baseline is the best
+        ({"SGD": 3.2, "SWA": 3.1}, True, set()),
+        ({"unigram": 26.0, "SGD": math.nan, "SWA": 3.1}, True, set()),
+        ({"unigram": 5.0, "SGD": 5.0, "SWA": 5.0}, True, set()),
+    ],
+)
+def test_the_axis_leaves_out_a_baseline_that_would_hide_everything_else(
+    tmp_path: Path, means: dict[str, float], less_is_better: bool, hidden: set[str]
+) -> None:
+    levels = {method: {"mean": mean, "values": [mean - 0.01, mean + 0.01]} for method, mean in means.items()}
+    assert seed_study.near_the_best(levels, "unigram", less_is_better) == set(means) - hidden
+    measure = Measure("level", "level", less_is_better=less_is_better)
+    found = {method: {"level": level} for method, level in levels.items()}
+    seed_study.draw(tmp_path / "methods.png", found, [measure], "unigram", "A net")
+    assert imread(tmp_path / "methods.png")[..., :3].std() > 0.01
+
+
 def test_one_seed_has_no_spread(tmp_path: Path) -> None:
     settings, run = start(tmp_path / "run", seeds=1)
     cells = seed_study.run_seeds(settings, run, measure)
