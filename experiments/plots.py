@@ -209,7 +209,11 @@ def loss_along_directions(
 
 
 def training_curves(
-    path: Path, runs: Mapping[str, tuple[str, Sequence[Mapping[str, Any]]]], start: int | None, held_out: str
+    path: Path,
+    runs: Mapping[str, tuple[str, Sequence[Mapping[str, Any]]]],
+    start: int | None,
+    held_out: str,
+    example: str = "image",
 ) -> None:
     """Loss, error and learning rate against the epoch.
 
@@ -219,6 +223,7 @@ def training_curves(
             ``loss``, and where known ``accuracy``, ``held_out`` and ``held_out_swa`` with ``nll`` and ``accuracy``).
         start: Number of epochs before the first snapshot; None where nothing is collected.
         held_out: What the held-out images are called.
+        example: What the loss is the mean over.
     """
     with plt.rc_context(STYLE):
         figure, (losses, errors, rates) = _axes(7.0, 7.0, nrows=3, sharex=True, height_ratios=(3, 3, 1))
@@ -249,7 +254,7 @@ def training_curves(
         _plain_log_numbers(losses)
         _plain_log_numbers(errors)
         _plain_log_numbers(rates, low_panel=True)
-        losses.set_ylabel("NLL [nats per image]")
+        losses.set_ylabel(f"NLL [nats per {example}]")
         losses.set_title("Training")
         losses.legend(loc="best", fontsize=10)
         errors.set_ylabel("error [%]")

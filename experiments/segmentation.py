@@ -308,6 +308,7 @@ def draw_first(study: Study, trainer: Trainer, shown: Sequence[int], maps: dict[
         {settings.optimizer: ("SGD", records)},
         settings.swa_start,
         "test" if settings.use_test else "validation",
+        example="pixel",
     )
     segmentation_plots.uncertainty_maps(
         study.run.path / "maps.png",
