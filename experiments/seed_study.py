@@ -173,7 +173,7 @@ def near_the_best(levels: Mapping[str, Mapping[str, Any]], baseline: str, less_i
     """Return the methods that an axis has to show.
 
     Those are all, unless the ones that have come three quarters of the way from the baseline to the best are two or
-    more and would have less than an eighth of the axis to differ in.
+    more and would have less than a sixth of the axis to differ in.
 
     Args:
         levels: ``mean`` and ``values`` of each method.
@@ -187,7 +187,7 @@ def near_the_best(levels: Mapping[str, Mapping[str, Any]], baseline: str, less_i
     away = {method: abs(mean - best) for method, mean in means.items()}
     near = {method for method in means if away[method] <= away[baseline] / 4}
     values = [value for method in near for value in levels[method]["values"]]
-    hidden = max(values) - min(values) < max(away.values()) / 8
+    hidden = max(values) - min(values) < max(away.values()) / 6
     return near if hidden and 1 < len(near) < len(means) else set(means)
 
 
