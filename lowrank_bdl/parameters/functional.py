@@ -7,11 +7,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.parameters.layout import ParameterLayout
+from lowrank_bdl.parameters.substitution import Substitution
 
 CallFn: TypeAlias = Callable[[nn.Module, Any], Any]
 
@@ -116,23 +116,12 @@ def call_on_inputs(model: nn.Module, batch: Any) -> Any:
     )
 
 
-class _Caller(nn.Module):
-    """Runs ``call_fn(model, batch)`` as a module's forward, so that functional_call swaps the weights around it."""
-
-    def __init__(self, model: nn.Module, call_fn: CallFn) -> None:
-        super().__init__()
-        self.model = model
-        self.call_fn = call_fn
-
-    def forward(self, batch: Any) -> Any:
-        return self.call_fn(self.model, batch)
-
-
 class StatelessModel:
     """A module evaluated with named tensors in place of its own; what it owns stays as it is.
 
-    Buffers are handed over as copies, so whatever a forward pass writes into them is dropped. So is the batch at the
-    first call; if the network wrote into that (normalised it in place, say), at every call, for all to see one input.
+    Buffers are handed over as copies, so whatever a forward pass writes into them is dropped. So are weights and batch
+    at the first call; what the network wrote into then (it normalised its input in place, or clamped a weight), at
+    every call. Parts of the network under activation checkpointing see the same tensors in the backward pass.
 
     Args:
         model: Any module.
@@ -152,7 +141,8 @@ class StatelessModel:
     def __init__(self, model: nn.Module, call_fn: CallFn | None = None) -> None:
         self.model = model
         self.device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), None)
-        self._caller = _Caller(model, call_on_inputs if call_fn is None else call_fn)
+        self._call_fn = call_on_inputs if call_fn is None else call_fn
+        self._substitution = Substitution(model)
         self._writes_inputs: bool | None = None  # None until the first call has shown it
 
     def __call__(
@@ -170,22 +160,23 @@ class StatelessModel:
 
         Raises:
             ShapeError: If a buffer's name or shape is not the model's.
+            LowRankBDLError: If the network computes with its own parameters in place of the given ones, or has a
+                reentrant checkpoint, through which gradients do not reach these.
         """
-        tensors = {f"model.{name}": buffer.detach().clone() for name, buffer in self.model.named_buffers()}
+        present = {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
         for name, value in (buffers or {}).items():
-            own = tensors.get(f"model.{name}")
+            own = present.get(name)
             if own is None or own.shape != value.shape:
                 raise ShapeError(
                     f"Buffer {name!r} must have shape {None if own is None else tuple(own.shape)} as in the model; "
                     f"got {tuple(value.shape)}."
                 )
-            tensors[f"model.{name}"] = value.to(own, copy=True)
-        tensors.update((f"model.{name}", value) for name, value in parameters.items())
+            present[name] = value.to(own, copy=True)
         if self.device is not None:
             batch = to_device(batch, self.device)
         if self._writes_inputs is not False:
             batch = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
-        output = functional_call(self._caller, tensors, (batch,))
+        output = self._substitution(parameters, lambda: self._call_fn(self.model, batch), present)
         if self._writes_inputs is None:  # tensors of inference mode do not count what is written
             leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
             self._writes_inputs = any(leaf.is_inference() or leaf._version > 0 for leaf in leaves)

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.parameters.functional import FunctionalModel
 from lowrank_bdl.parameters.layout import ParameterLayout
+from lowrank_bdl.parameters.substitution import Substitution
 from lowrank_bdl.surfaces.surface import Surface
 
 
@@ -63,6 +63,7 @@ class SurfaceModel(nn.Module):
     def __init__(self, model: nn.Module, surface: Surface, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self._network = FunctionalModel(model, surface.layout)
+        self._substitution = Substitution(model, protect=False)
         self.model = model
         self.surface = surface
         self.generator = generator
@@ -93,7 +94,8 @@ class SurfaceModel(nn.Module):
         else:
             theta = self.surface.center_theta()
         device = next(self.model.parameters()).device  # a surface may keep its points elsewhere, such as on the host
-        return functional_call(self.model, self._network.named(theta.to(device)), args, kwargs)
+        weights = self._network.named(theta.to(device))
+        return self._substitution(weights, lambda: self.model(*args, **kwargs))
 
     def draw(self) -> Tensor:
         """Draw θ once, shape ``(D,)``, differentiably in the surface's trained points."""

@@ -6,10 +6,10 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.parameters.layout import ParameterLayout
+from lowrank_bdl.parameters.substitution import Substitution
 from lowrank_bdl.training.checked_optimizer import SGD_BOUNDS, Bound, CheckedOptimizer
 from lowrank_bdl.training.quantization import (
     Rounding,
@@ -228,6 +228,7 @@ class QuantizedModel(nn.Module):
         super().__init__()
         require_bits(bits)
         self.model, self.bits = model, bits
+        self._substitution = Substitution(model, protect=False)
         self.layout = ParameterLayout.from_module(model)
         parameters = zip(self.layout.names, self.layout.parameters_of(model), strict=True)
         self._matrices = {name: f"step{i}" for i, (name, p) in enumerate(parameters) if p.ndim > 1}
@@ -247,7 +248,7 @@ class QuantizedModel(nn.Module):
         Returns:
             What the network returns.
         """
-        return functional_call(self.model, self._rounded(), args, kwargs)
+        return self._substitution(self._rounded(), lambda: self.model(*args, **kwargs))
 
     def _rounded(self) -> dict[str, Tensor]:
         """The weight matrices on their levels, with the gradients of the matrices themselves."""

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import softplus
 
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
+from lowrank_bdl.parameters.substitution import Substitution
 from lowrank_bdl.posteriors.gaussian import GaussianPosterior
 
 
@@ -68,6 +68,7 @@ class MeanFieldModel(nn.Module):
             raise ValueError(f"init_std must be positive and finite; got {init_std}.")
         self.layout = ParameterLayout.from_module(model, include, exclude)
         self.model = model
+        self._substitution = Substitution(model, protect=False)
         self.generator = generator
         start = init_std + math.log(-math.expm1(-init_std))  # softplus(start) = init_std
         means = self.layout.parameters_of(model)
@@ -85,7 +86,7 @@ class MeanFieldModel(nn.Module):
         """
         if not self.training:
             return self.model(*args, **kwargs)
-        return functional_call(self.model, self.draw(), args, kwargs)
+        return self._substitution(self.draw(), lambda: self.model(*args, **kwargs))
 
     def draw(self) -> dict[str, Tensor]:
         """Draw the weights once, differentiably in μ and ρ.

@@ -1,0 +1,138 @@
+"""A module run with other tensors in place of its own, so that neither it nor their owner is changed."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrize
+
+from lowrank_bdl.errors import LowRankBDLError
+from lowrank_bdl.parameters.checkpointing import checkpoints_rerun
+from lowrank_bdl.parameters.witness import WeightWitness
+
+
+class _Runner(nn.Module):
+    """Has a module as its child and runs a function, so that functional_call swaps the tensors around that."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+class Substitution:
+    """Runs a function while a module has other tensors in place of its own.
+
+    - What the function writes into a given tensor (``Embedding(max_norm=...)``, ``weight.data.clamp_``) is dropped:
+      every run starts from the tensors as they were given. The first run gets copies and is watched; later ones get
+      copies of what that one wrote into, and the tensors themselves otherwise.
+    - The first run is also watched for use of the module's own tensors, which would mean that a wrapper or a hook has
+      put them back.
+    - Checkpointed parts of the network are computed again with the same tensors.
+
+    Args:
+        module: Any module.
+        protect: Also drop what is written into parameters of the module for which nothing is given. A training step
+            moves these, and does not ask for it.
+
+    Example:
+        >>> net = nn.Linear(1, 1)
+        >>> run = Substitution(net)
+        >>> given = {"weight": torch.ones(1, 1), "bias": torch.ones(1)}
+        >>> run(given, lambda: net.weight.data.clamp_(max=0.5).item()), given["weight"].item()
+        (0.5, 1.0)
+    """
+
+    def __init__(self, module: nn.Module, *, protect: bool = True) -> None:
+        self.module = module
+        self._protect = protect
+        self._written: dict[tuple[bool, bool], frozenset[str]] = {}
+
+    def __call__(
+        self,
+        parameters: Mapping[str, Tensor],
+        function: Callable[[], Any],
+        buffers: Mapping[str, Tensor] | None = None,
+    ) -> Any:
+        """Run the function with tensors in place.
+
+        Args:
+            parameters: Name to tensor, for any of the module's parameters.
+            function: Calls the module.
+            buffers: Name to tensor, for any of its buffers; the function may write into them.
+
+        Returns:
+            What the function returns.
+
+        Raises:
+            LowRankBDLError: If the module computes with parameters of its own in place of given ones, or has a
+                checkpoint through which gradients do not reach these.
+
+        Cost: what the function costs, and microseconds a tensor; the first run also a copy of the parameters.
+        """
+        if torch.compiler.is_compiling():  # the compiler carries checkpoints and writes along by itself
+            return self._run(dict(parameters), buffers or {}, function)
+        if parametrize._cache_enabled:
+            raise LowRankBDLError(
+                "the network must compute with the weights that it is given; inside torch's parametrize.cached() a "
+                "parametrized layer keeps those of its last call. Leave that block first."
+            )
+        # another mode, or another part of the network to be differentiated, may take another way through it
+        state = self.module.training, torch.is_grad_enabled()
+        written = self._written.get(state)
+        if written is None:
+            return self._first(state, parameters, function, buffers or {})
+        tensors = dict(parameters)
+        if written:
+            own = self._others(parameters) if self._protect else {}
+            tensors.update({name: (tensors | own)[name].clone() for name in written if name in tensors or name in own})
+        return self._run(tensors, buffers or {}, function)
+
+    def _first(
+        self,
+        state: tuple[bool, bool],
+        parameters: Mapping[str, Tensor],
+        function: Callable[[], Any],
+        buffers: Mapping[str, Tensor],
+    ) -> Any:
+        present = dict(self.module.named_parameters(remove_duplicate=False))
+        replaced = {name: present[name].detach() for name in parameters if name in present}
+        given = {**parameters, **(self._others(parameters) if self._protect else {})}
+        copies = {name: tensor.clone() for name, tensor in given.items()}
+        witness = WeightWitness(copies, replaced)
+
+        def watched() -> Any:
+            with witness:
+                return function()
+
+        output = self._run(copies, buffers, watched)
+        if witness.own_used:
+            raise LowRankBDLError(
+                "the network must compute with the weights that it is given; it used its own "
+                f"{witness.own_used[0]!r} in their place. A wrapper or a hook that puts weights back does that: pass "
+                "the network inside it."
+            )
+        self._written[state] = frozenset(witness.written)
+        return output
+
+    def _others(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The module's parameters for which nothing is given, not even by another name of the same one."""
+        present = dict(self.module.named_parameters(remove_duplicate=False))
+        covered = {id(present[name]) for name in parameters if name in present}
+        return {name: own for name, own in self.module.named_parameters() if id(own) not in covered}
+
+    def _run(self, tensors: dict[str, Tensor], buffers: Mapping[str, Tensor], function: Callable[[], Any]) -> Any:
+        inside = {f"model.{name}": tensor for name, tensor in (*tensors.items(), *buffers.items())}
+        runner = _Runner(self.module)
+        if torch.compiler.is_compiling():
+            return functional_call(runner, inside, (function,))
+
+        def run(body: Callable[[], Any]) -> Any:
+            with checkpoints_rerun(run, lambda: list(inside.values())):
+                return functional_call(runner, inside, (body,))
+
+        return run(function)
