@@ -8,6 +8,7 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.linalg.expanded import UnbatchedLinearOperator
 
 
 def to_scipy(operator: LinearOperator) -> Any:
@@ -73,7 +74,7 @@ class _Foreign(Protocol):
     def adjoint(self) -> "_Foreign": ...
 
 
-class ForeignLinearOperator(LinearOperator):
+class ForeignLinearOperator(UnbatchedLinearOperator):
     """An operator of another library, as :func:`from_curvlinops` makes it.
 
     Args:

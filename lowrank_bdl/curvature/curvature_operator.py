@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any, NoReturn, TypeAlias
 
 import torch
-from linear_operator.operators import DenseLinearOperator, LinearOperator
+from linear_operator.operators import LinearOperator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -15,8 +15,8 @@ from lowrank_bdl.curvature.backward import Backward, differentiable_kernels, is_
 from lowrank_bdl.curvature.data import Data, fixed_batches
 from lowrank_bdl.curvature.loss_gradients import BatchNormMode, batch_norm_mode, check_modes, split_batch
 from lowrank_bdl.errors import LowRankBDLError, NonFiniteError, ShapeError, StaleError
-from lowrank_bdl.linalg.block import Index, LowRankPlusDiagBlock, plain_index, positions
-from lowrank_bdl.linalg.low_rank_plus_diag import DENSE_LIMIT_GIB, check_dense_size
+from lowrank_bdl.linalg.exact import DENSE_LIMIT_GIB, check_dense_size
+from lowrank_bdl.linalg.expanded import UnbatchedLinearOperator
 from lowrank_bdl.linalg.memory import require_memory
 from lowrank_bdl.parameters.functional import CallFn, FunctionalModel
 from lowrank_bdl.parameters.layout import ParameterLayout
@@ -29,7 +29,7 @@ _NUMBERS_AT_ONCE = 2**24
 """Entries of the unit vectors that are multiplied in one pass over the data for parts of the matrix."""
 
 
-class CurvatureLinearOperator(LinearOperator):
+class CurvatureLinearOperator(UnbatchedLinearOperator):
     """A symmetric D x D matrix that is a mean over the examples of a data set, known by its products with vectors.
 
     Subclasses say what one batch contributes. The weights are those that the model had when the operator was made
@@ -289,10 +289,6 @@ class CurvatureLinearOperator(LinearOperator):
         """Return what rebuilds the operator from :attr:`theta`, as sums and multiples of operators do."""
         return lambda theta: self if theta is self.theta else self.at(theta)
 
-    def evaluate_kernel(self) -> "CurvatureLinearOperator":
-        """Return the operator itself."""
-        return self
-
     def _transpose_nonbatch(self) -> "CurvatureLinearOperator":
         return self
 
@@ -335,9 +331,6 @@ class CurvatureLinearOperator(LinearOperator):
         """As :meth:`to`."""
         return self.to("cuda" if device_id is None else f"cuda:{device_id}")
 
-    def __neg__(self) -> LinearOperator:
-        return self.mul(-1)
-
     # ---- parts of the matrix ----------------------------------------------------------------------------------------
 
     def _columns(self, index: Tensor) -> Tensor:
@@ -353,25 +346,6 @@ class CurvatureLinearOperator(LinearOperator):
     def _diagonal(self) -> Tensor:
         everything = torch.arange(self.layout.numel, device=self.theta.device)
         return self._get_indices(everything, everything)
-
-    def __getitem__(self, index: Any) -> Any:
-        return super().__getitem__(plain_index(index, self.shape))
-
-    def _getitem(self, row_index: Index, col_index: Index, *batch_indices: Index | int) -> LinearOperator:
-        return self.select(row_index, col_index)
-
-    def select(self, rows: Index, columns: Index) -> LinearOperator:
-        """Return the block of these rows and columns, as an operator.
-
-        Args:
-            rows: A slice or a LongTensor ``(m,)`` of coordinates.
-            columns: Likewise ``(n,)``.
-        """
-        size = self.layout.numel
-        places = [positions(index, size, self.theta.device) for index in (rows, columns)]
-        if all(torch.equal(place, torch.arange(size, device=place.device)) for place in places):
-            return self
-        return LowRankPlusDiagBlock(self, *places)
 
     def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
         rows, columns = torch.broadcast_tensors(row_index, col_index)
@@ -396,21 +370,6 @@ class CurvatureLinearOperator(LinearOperator):
         check_dense_size(self, limit_gib)
         return self._columns(torch.arange(self.layout.numel, device=self.theta.device)).mT
 
-    def diagonalization(self, method: str | None = None) -> tuple[Tensor, Any]:
-        """Return all eigenvalues and eigenvectors, where the dense matrix fits; `lanczos` gives some of a large one."""
-        if method not in (None, "symeig"):
-            raise NotImplementedError(f"diagonalization takes method 'symeig' or None; got {method!r}. Use lanczos().")
-        values, vectors = self._symeig(eigenvectors=True)
-        return values, vectors
-
-    def _symeig(
-        self, eigenvectors: bool = False, return_evals_as_lazy: bool | None = False
-    ) -> tuple[Tensor, LinearOperator | None]:
-        """Return all eigenvalues, ascending: linear_operator's own sets negative ones to zero."""
-        dense = self.to_dense().double()
-        values, vectors = torch.linalg.eigh((dense + dense.mT) / 2)
-        return values.to(self.dtype), DenseLinearOperator(vectors.to(self.dtype)) if eigenvectors else None
-
     # linear_operator's own ways suppose a positive definite matrix and answer without a warning if it is not one.
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -419,5 +378,5 @@ class CurvatureLinearOperator(LinearOperator):
             "multiple of the identity to a positive semi-definite one, or take lanczos()."
         )
 
-    _solve = _cholesky = solve = inv_quad_logdet = root_decomposition = root_inv_decomposition = _refuse
-    zero_mean_mvn_samples = _refuse
+    _solve = _cholesky = solve = inv_quad_logdet = _logdet = root_decomposition = root_inv_decomposition = _refuse
+    zero_mean_mvn_samples = sqrt_inv_matmul = pivoted_cholesky = _refuse

@@ -18,8 +18,7 @@ class HessianLinearOperator(LossCurvatureLinearOperator):
     ``H.add_diagonal(...)`` adds it. Dropout is off, and autocast as well.
 
     Sums, multiples and shifts of operators are operators, and every eigensolver of this library takes one;
-    ``to_dense()``, ``diagonal()``, ``eigh()`` and entries ``H[i, j]`` cost a product a column (``eigh()`` of a sum or a
-    multiple is linear_operator's own, which sets negative eigenvalues to zero: decompose its ``to_dense()``).
+    ``to_dense()``, ``diagonal()``, ``eigh()`` and entries ``H[i, j]``, also of these, cost a product a column.
 
     Args:
         model: The network, not changed. The weights are those it has now.

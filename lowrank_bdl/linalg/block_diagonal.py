@@ -9,11 +9,12 @@ from linear_operator.operators import LinearOperator, RootLinearOperator, ZeroLi
 from torch import Tensor
 
 from lowrank_bdl.errors import ShapeError
-from lowrank_bdl.linalg.block import Index, LowRankPlusDiagBlock, plain_index, positions, same_index
-from lowrank_bdl.linalg.low_rank_plus_diag import DENSE_LIMIT_GIB, check_dense_size
+from lowrank_bdl.linalg.exact import DENSE_LIMIT_GIB, check_dense_size
+from lowrank_bdl.linalg.indices import Index, positions, same_index
+from lowrank_bdl.linalg.structured import LinearOperatorBlock, StructuredLinearOperator
 
 
-class BlockDiagonalLinearOperator(LinearOperator):
+class BlockDiagonalLinearOperator(StructuredLinearOperator):
     r"""The matrix :math:`\mathrm{diag}(\Sigma_1, \dots, \Sigma_B)` of square blocks, each an operator of its own kind.
 
     Every operation is the blocks' own, on their coordinates: exact where theirs is, and never dense. (The
@@ -76,9 +77,15 @@ class BlockDiagonalLinearOperator(LinearOperator):
     def _expand_batch(self, batch_shape: torch.Size | list[int]) -> "BlockDiagonalLinearOperator":
         return self._map(lambda block: block._expand_batch(batch_shape))
 
-    def evaluate_kernel(self) -> "BlockDiagonalLinearOperator":
-        """Return the operator itself: the blocks keep what they have computed."""
-        return self
+    def _unsqueeze_batch(self, dim: int) -> "BlockDiagonalLinearOperator":
+        return self._map(lambda block: block._unsqueeze_batch(dim))
+
+    def _permute_batch(self, *dims: int) -> "BlockDiagonalLinearOperator":
+        return self._map(lambda block: block._permute_batch(*dims))
+
+    def _batch_entries(self, index: tuple[Index | int, ...]) -> "BlockDiagonalLinearOperator":
+        whole = (*index, slice(None), slice(None))
+        return self._map(lambda block: block[whole])
 
     # ---- products and solves ----------------------------------------------------------------------------------------
 
@@ -112,14 +119,6 @@ class BlockDiagonalLinearOperator(LinearOperator):
         """
         result = self._over_rows(right_tensor, lambda block, rows: block.solve(rows))
         return result if left_tensor is None else left_tensor @ result
-
-    def _solve(self, rhs: Tensor, preconditioner: Any = None, num_tridiag: int | None = 0) -> Tensor:
-        if num_tridiag:
-            raise NotImplementedError("no tridiagonal matrices here: each block solves in its own way.")
-        return self.solve(rhs)
-
-    def _cholesky_solve(self, rhs: Tensor, upper: bool | None = False) -> Tensor:
-        return self.solve(rhs)
 
     def inv_quad_logdet(
         self, inv_quad_rhs: Tensor | None = None, logdet: bool | None = False, reduce_inv_quad: bool | None = True
@@ -181,6 +180,16 @@ class BlockDiagonalLinearOperator(LinearOperator):
             return ZeroLinearOperator(*self.shape, dtype=self.dtype, device=self.device)
         return self._map(lambda block: block._mul_constant(other))
 
+    def __add__(self, other: Any) -> LinearOperator:
+        if isinstance(other, BlockDiagonalLinearOperator) and other.slices == self.slices:
+            pairs = zip(self.blocks, other.blocks, strict=True)
+            return BlockDiagonalLinearOperator(*(mine + theirs for mine, theirs in pairs))
+        return super().__add__(other)
+
+    def inverse(self) -> "BlockDiagonalLinearOperator":
+        """Return the inverse of every block, where each has one as an operator."""
+        return self._map(lambda block: block.inverse())
+
     # ---- draws and roots --------------------------------------------------------------------------------------------
 
     def zero_mean_mvn_samples(self, num_samples: int) -> Tensor:
@@ -206,15 +215,6 @@ class BlockDiagonalLinearOperator(LinearOperator):
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 
-    def __getitem__(self, index: Any) -> Any:
-        return super().__getitem__(plain_index(index, self.shape))
-
-    def _getitem(self, row_index: Index, col_index: Index, *batch_indices: Index | int) -> LinearOperator:
-        if not batch_indices:
-            return self.select(row_index, col_index)
-        whole = (*batch_indices, slice(None), slice(None))
-        return self._map(lambda block: block[whole]).select(row_index, col_index)
-
     def select(self, rows: Index, columns: Index) -> LinearOperator:
         """Return the block of these rows and columns: of this class for one run of coordinates, else rectangular.
 
@@ -224,13 +224,13 @@ class BlockDiagonalLinearOperator(LinearOperator):
         """
         size = self.shape[-1]
         if not isinstance(rows, slice) or not isinstance(columns, slice) or not same_index(rows, columns, size):
-            return LowRankPlusDiagBlock(self, positions(rows, size, self.device), positions(columns, size, self.device))
+            return LinearOperatorBlock(self, positions(rows, size, self.device), positions(columns, size, self.device))
         kept = range(size)[rows]
         if kept == range(size):
             return self
         if kept.step != 1 or not kept:
             index = positions(rows, size, self.device)
-            return LowRankPlusDiagBlock(self, index, index)
+            return LinearOperatorBlock(self, index, index)
         parts = []
         for block, place in zip(self.blocks, self.slices, strict=True):
             low, high = max(kept.start, place.start) - place.start, min(kept.stop, place.stop) - place.start
@@ -258,13 +258,6 @@ class BlockDiagonalLinearOperator(LinearOperator):
         return self._map(lambda block: block.to(dtype=dtype))
 
     # ---- dense ------------------------------------------------------------------------------------------------------
-
-    def diagonalization(self, method: str | None = None) -> tuple[Tensor, Any]:
-        """Return all eigenvalues and eigenvectors, where the dense matrix fits; `lanczos` gives some of a large one."""
-        if method not in (None, "symeig"):
-            raise NotImplementedError(f"diagonalization takes method 'symeig' or None; got {method!r}. Use lanczos().")
-        values, vectors = self._symeig(eigenvectors=True)
-        return values, vectors
 
     def to_dense(self, limit_gib: float = DENSE_LIMIT_GIB) -> Tensor:
         """Return the matrix as a dense tensor ``(*B, D, D)``.

@@ -85,7 +85,7 @@ def factorize(factors: LowRankFactors, least: str = "storage", projection: Proje
     num_free = factors.dim - zeros.double()
     for dtype in (torch.float64,) if least == "double" else dict.fromkeys((factors.diag.dtype, torch.float64)):
         mixed = factors.mixed_gram(_gram(factors, dtype, point_mass is not None, projection))
-        cholesky, amplification = _checked_cholesky(mixed)
+        cholesky, amplification = checked_cholesky(mixed)
         if 4 * torch.finfo(dtype).eps * amplification < LOGDET_TOLERANCE:
             method = "double" if dtype is torch.float64 else "storage"
             break
@@ -101,7 +101,7 @@ def factorize(factors: LowRankFactors, least: str = "storage", projection: Proje
     return Capacitance(cholesky, mixed, logdet, num_free, point_mass, amplification, method)
 
 
-def _checked_cholesky(mixed: Tensor) -> tuple[Tensor, float]:
+def checked_cholesky(mixed: Tensor) -> tuple[Tensor, float]:
     """Return the Cholesky factor of ``I + mixed`` and the error amplification, infinite where it failed."""
     capacitance = mixed + torch.eye(mixed.shape[-1], dtype=mixed.dtype, device=mixed.device)
     scale = capacitance.diagonal(dim1=-2, dim2=-1).rsqrt()

@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.linalg.expanded import UnbatchedLinearOperator
 
 RADIX = 16
 """Axis that one matrix product transforms: log2(n) / 4 passes over the vector, at the speed of memory."""
@@ -59,7 +60,7 @@ def _hadamard_matrix(n: int, like: Tensor) -> Tensor:
     return matrix
 
 
-class RandomizedHadamardLinearOperator(LinearOperator):
+class RandomizedHadamardLinearOperator(UnbatchedLinearOperator):
     r"""Random directions :math:`P = n^{-1/2} (\mathrm{diag}(s)\, H\, \mathrm{diag}(u)\, H)_{1..D,\,c}\, M`, D x r.
 
     H is the n x n Hadamard matrix with :math:`D \le n < 2 D`, s and u are random signs, and c chooses k of its columns.
@@ -233,7 +234,7 @@ class RandomizedHadamardLinearOperator(LinearOperator):
         return cls(tensors["inner_signs"], tensors["outer_signs"], tensors["columns"], tensors["mix"])
 
 
-class _TransposedHadamard(LinearOperator):
+class _TransposedHadamard(UnbatchedLinearOperator):
     """The transpose of a :class:`RandomizedHadamardLinearOperator`."""
 
     def __init__(self, operator: RandomizedHadamardLinearOperator) -> None:

@@ -7,10 +7,14 @@ from linear_operator.operators import LinearOperator, RootLinearOperator
 from torch import Tensor
 from torch.autograd.function import Function
 
-from lowrank_bdl.errors import NotPSDError
+from lowrank_bdl.errors import NotPSDError, ShapeError
 from lowrank_bdl.linalg.factors import inverse_std
+from lowrank_bdl.linalg.indices import Index
 from lowrank_bdl.linalg.operator_state import LowRankPlusDiagState
+from lowrank_bdl.linalg.operator_structure import LowRankPlusDiagStructure
+from lowrank_bdl.linalg.precision_sums import add_precisions, add_to_precision
 from lowrank_bdl.linalg.roots import LOST, LowRankPlusDiagRoot, apply_root_
+from lowrank_bdl.linalg.structured import StructuredLinearOperator
 
 
 class _InverseDiagonalFunction(Function):
@@ -41,7 +45,7 @@ class _InverseDiagonalFunction(Function):
         raise NotImplementedError("the diagonal of the inverse has no gradient here; detach() the operator.")
 
 
-class InverseLowRankPlusDiagLinearOperator(LinearOperator):
+class InverseLowRankPlusDiagLinearOperator(StructuredLinearOperator):
     r"""The matrix :math:`\Sigma^{-1}` for a low-rank-plus-diagonal :math:`\Sigma`, exact in every operation.
 
     Its products are solves with :math:`\Sigma` and its solves products, its draws have covariance :math:`\Sigma^{-1}`.
@@ -59,7 +63,7 @@ class InverseLowRankPlusDiagLinearOperator(LinearOperator):
                 [-0.3333,  0.6667]], dtype=torch.float64)
     """
 
-    def __init__(self, base: LowRankPlusDiagState) -> None:
+    def __init__(self, base: LowRankPlusDiagStructure) -> None:
         super().__init__(base)
         self.base = base
 
@@ -72,13 +76,54 @@ class InverseLowRankPlusDiagLinearOperator(LinearOperator):
     def _expand_batch(self, batch_shape: torch.Size | list[int]) -> "InverseLowRankPlusDiagLinearOperator":
         return InverseLowRankPlusDiagLinearOperator(self.base._expand_batch(batch_shape))
 
-    def evaluate_kernel(self) -> "InverseLowRankPlusDiagLinearOperator":
-        """Return the operator itself."""
-        return self
+    def _batch_entries(self, index: tuple[Index | int, ...]) -> "InverseLowRankPlusDiagLinearOperator":
+        return InverseLowRankPlusDiagLinearOperator(self.base._batch_entries(index))
+
+    def _unsqueeze_batch(self, dim: int) -> "InverseLowRankPlusDiagLinearOperator":
+        return InverseLowRankPlusDiagLinearOperator(self.base._unsqueeze_batch(dim))
+
+    def _permute_batch(self, *dims: int) -> "InverseLowRankPlusDiagLinearOperator":
+        return InverseLowRankPlusDiagLinearOperator(self.base._permute_batch(*dims))
+
+    def _repeat_batch(self, counts: torch.Size) -> "InverseLowRankPlusDiagLinearOperator":
+        return InverseLowRankPlusDiagLinearOperator(self.base.repeat(*counts, 1, 1))
+
+    # ---- sums and multiples -----------------------------------------------------------------------------------------
+
+    def _mul_constant(self, other: float | Tensor) -> LinearOperator:
+        constant = torch.as_tensor(other, device=self.device)
+        if not bool((constant > 0).all()):
+            return super()._mul_constant(other)
+        return InverseLowRankPlusDiagLinearOperator(self.base._mul_constant(constant.double().reciprocal()))
+
+    def add_diagonal(self, diag: Tensor) -> LinearOperator:
+        r"""Return :math:`\Sigma^{-1} + E`, an inverse again where :math:`E \ge 0`.
+
+        Args:
+            diag: The diagonal of E, shape ``(*B, D)``, ``(*B, 1)`` or ``()``.
+
+        Cost: a read of the root and a new root of its size.
+        """
+        if diag.ndim and diag.shape[-1] not in (1, self.shape[-1]):
+            raise ShapeError(f"diag must end in 1 or {self.shape[-1]} entries; got shape {tuple(diag.shape)}.")
+        if not bool((diag >= 0).all()):
+            return super().add_diagonal(diag)
+        return InverseLowRankPlusDiagLinearOperator(add_to_precision(self.base, diag))
+
+    def __add__(self, other: Any) -> LinearOperator:
+        if isinstance(other, InverseLowRankPlusDiagLinearOperator):
+            total = add_precisions(self.base, other.base)
+            if total is not None:
+                return InverseLowRankPlusDiagLinearOperator(total)
+        return super().__add__(other)
+
+    # ---- products and solves ----------------------------------------------------------------------------------------
 
     def matmul(self, other: Tensor | LinearOperator) -> Tensor | LinearOperator:
         """Return the product with ``other``: a solve with Sigma, differentiable."""
-        return super().matmul(other) if isinstance(other, LinearOperator) else self.base.solve(other)
+        product: Tensor | LinearOperator
+        product = super().matmul(other) if isinstance(other, LinearOperator) else self.base.solve(other)
+        return product
 
     def _matmul(self, rhs: Tensor) -> Tensor:
         product: Tensor = self.base.solve(rhs)
@@ -90,30 +135,13 @@ class InverseLowRankPlusDiagLinearOperator(LinearOperator):
         product: Tensor = result if left_tensor is None else left_tensor @ result
         return product
 
-    def _solve(self, rhs: Tensor, preconditioner: Any = None, num_tridiag: int | None = 0) -> Tensor:
-        return self.solve(rhs)
-
     def inv_quad_logdet(
         self, inv_quad_rhs: Tensor | None = None, logdet: bool | None = False, reduce_inv_quad: bool | None = True
     ) -> tuple[Tensor, Tensor]:
         r"""Return :math:`\mathrm{tr}(X^\top \Sigma X)` and :math:`-\log|\Sigma|`, float64."""
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        value, log_determinant = zero, zero
-        if inv_quad_rhs is not None:
-            product = self.solve(inv_quad_rhs).double() * inv_quad_rhs
-            value = product.sum(-1 if inv_quad_rhs.ndim == 1 else -2)
-            if reduce_inv_quad and inv_quad_rhs.ndim > 1:
-                value = value.sum(-1)
-        if logdet:
-            log_determinant = -self.base.logdet()
-        return value, log_determinant
+        return super().inv_quad_logdet(inv_quad_rhs, logdet, reduce_inv_quad)
 
-    def inv_quad(self, inv_quad_rhs: Tensor, reduce_inv_quad: bool = True) -> Tensor:
-        r"""Return :math:`\mathrm{tr}(X^\top \Sigma X)`."""
-        return self.inv_quad_logdet(inv_quad_rhs, reduce_inv_quad=reduce_inv_quad)[0]
-
-    def logdet(self) -> Tensor:
-        r"""Return :math:`-\log|\Sigma|`."""
+    def _logdet(self) -> Tensor:
         logdet: Tensor = -self.base.logdet()
         return logdet
 
@@ -122,7 +150,7 @@ class InverseLowRankPlusDiagLinearOperator(LinearOperator):
         result: Tensor = _InverseDiagonalFunction.apply(core, core.root, core.diag, core.mix)
         return result.expand(*self.batch_shape, -1)
 
-    def inverse(self) -> LowRankPlusDiagState:
+    def inverse(self) -> LowRankPlusDiagStructure:
         """Return Sigma itself."""
         return self.base
 

@@ -9,18 +9,26 @@ changes eigenvalues only, which splitting :math:`\sqrt\tau` over the two factors
 from typing import Any
 
 import torch
-from linear_operator.operators import KroneckerProductLinearOperator, LinearOperator, RootLinearOperator
+from linear_operator.operators import (
+    DenseLinearOperator,
+    KroneckerProductLinearOperator,
+    LinearOperator,
+    RootLinearOperator,
+)
 from torch import Tensor
 
 from lowrank_bdl.errors import NonFiniteError, NotPSDError, ShapeError
-from lowrank_bdl.linalg.block import Index, LowRankPlusDiagBlock, plain_index, positions, same_index
+from lowrank_bdl.linalg.columns import Fold
+from lowrank_bdl.linalg.exact import DENSE_LIMIT_GIB, check_dense_size
+from lowrank_bdl.linalg.expanded import UnbatchedLinearOperator
 from lowrank_bdl.linalg.memory import require_memory
+from lowrank_bdl.linalg.structured import ScaledLinearOperator
 
 _DRAWS_AT_ONCE = 2**22
 """Numbers that are rotated in one product while drawing: a few draws of a small layer, one of a large one."""
 
 
-class KroneckerSpectralLinearOperator(LinearOperator):
+class KroneckerSpectralLinearOperator(UnbatchedLinearOperator):
     r"""The matrix :math:`\Sigma = P (U \otimes V)\,\mathrm{diag}(\lambda)\,(U \otimes V)^\top P^\top`, never formed.
 
     :math:`U`, :math:`V` are orthogonal and :math:`\lambda > 0` is any o x m table of eigenvalues, for example
@@ -144,7 +152,10 @@ class KroneckerSpectralLinearOperator(LinearOperator):
         return torch.cat([table[:, :, :-1].flatten(0, 2), table[:, :, -1].flatten(0, 1)])
 
     def _spectral(self, columns: Tensor, values: Tensor) -> Tensor:
-        """Return the product of ``columns``, shape ``(D, S)`` or ``(D,)``, with the matrix of these eigenvalues."""
+        """Return the product of ``columns``, shape ``(*B, D, S)`` or ``(D,)``, with the matrix of these eigenvalues."""
+        if columns.ndim > 2:
+            fold = Fold(columns, torch.Size(), torch.Size(), self.shape[-1])
+            return fold.undo(self._spectral(fold.columns, values))
         if columns.ndim not in (1, 2) or columns.shape[0] != self.shape[-1]:
             raise ShapeError(f"expected ({self.shape[-1]}, S) or ({self.shape[-1]},); got {tuple(columns.shape)}.")
         matrix = columns.double().reshape(len(columns), -1)
@@ -154,7 +165,7 @@ class KroneckerSpectralLinearOperator(LinearOperator):
         return result.reshape(columns.shape).to(self.dtype)
 
     def matmul(self, other: Tensor | LinearOperator) -> Tensor | LinearOperator:
-        """Return the product with ``other``, shape ``(D, S)`` or ``(D,)``."""
+        """Return the product with ``other``, shape ``(*B, D, S)`` or ``(D,)``."""
         return super().matmul(other) if isinstance(other, LinearOperator) else self._spectral(other, self.eigenvalues)
 
     def _matmul(self, rhs: Tensor) -> Tensor:
@@ -164,12 +175,6 @@ class KroneckerSpectralLinearOperator(LinearOperator):
         """Return ``Sigma^-1 right``, or ``left Sigma^-1 right``; shapes ``(D, S)`` or ``(D,)``, and ``(O, D)``."""
         result = self._spectral(right_tensor, self.eigenvalues.reciprocal())
         return result if left_tensor is None else left_tensor @ result
-
-    def _solve(self, rhs: Tensor, preconditioner: Any = None, num_tridiag: int | None = 0) -> Tensor:
-        return self.solve(rhs)
-
-    def _cholesky_solve(self, rhs: Tensor, upper: bool | None = False) -> Tensor:
-        return self.solve(rhs)
 
     def inverse(self) -> "KroneckerSpectralLinearOperator":
         """Return the precision matrix, sharing the eigenbases."""
@@ -182,10 +187,51 @@ class KroneckerSpectralLinearOperator(LinearOperator):
         return self._with(self.eigenvalues * constant)
 
     def add_diagonal(self, diag: Tensor) -> LinearOperator:
-        """Return Sigma + diag(``diag``): of this class for one number >= 0, ``()`` or ``(1,)``, for all coordinates."""
-        if diag.numel() != 1 or not bool(diag >= 0):
-            return super().add_diagonal(diag)
-        return self._with(self.eigenvalues + diag.double().reshape(()))
+        """Return Sigma + diag(``diag``): of this class where all entries are one number that leaves it definite.
+
+        Args:
+            diag: Shape ``(D,)``, ``(1,)`` or ``()``.
+        """
+        if diag.ndim <= 1 and diag.numel() and bool((diag == diag.flatten()[0]).all()):
+            moved = self.eigenvalues + diag.flatten()[0].double()
+            if diag.numel() in (1, self.shape[-1]) and bool((moved > 0).all()):
+                return self._with(moved)
+        return super().add_diagonal(diag)
+
+    def __add__(self, other: Any) -> LinearOperator:
+        base, factor = (other.base, other.constant) if isinstance(other, ScaledLinearOperator) else (other, 1.0)
+        if isinstance(base, KroneckerSpectralLinearOperator) and self._shares_basis(base):
+            total = self.eigenvalues + factor * base.eigenvalues
+            if total.ndim == 3 and bool((total > 0).all()):
+                return self._with(total)
+        return super().__add__(other)
+
+    def _shares_basis(self, other: "KroneckerSpectralLinearOperator") -> bool:
+        if self.has_bias != other.has_bias or self.dtype != other.dtype:
+            return False
+        pairs = ((self.left_vectors, other.left_vectors), (self.right_vectors, other.right_vectors))
+        return all(mine is theirs or torch.equal(mine, theirs) for mine, theirs in pairs)
+
+    def sqrt_inv_matmul(self, rhs: Tensor, lhs: Tensor | None = None) -> Any:
+        r"""Return :math:`\Sigma^{-1/2} X`; with ``lhs`` L, its product with L and the diagonal of L Sigma^-1 L'."""
+        result = self._spectral(rhs, self.eigenvalues.rsqrt())
+        if lhs is None:
+            return result
+        return lhs @ result, self.inv_quad(lhs.mT, reduce_inv_quad=False).to(self.dtype)
+
+    def _symeig(
+        self, eigenvectors: bool = False, return_evals_as_lazy: bool | None = False
+    ) -> tuple[Tensor, LinearOperator | None]:
+        values, order = self.eigenvalues.flatten().sort()
+        if not eigenvectors:
+            return values.to(self.dtype), None
+        check_dense_size(self, DENSE_LIMIT_GIB)
+        groups, size = len(self.eigenvalues), self.eigenvalues[0].numel()
+        vectors = torch.zeros((groups, size, groups, size), dtype=torch.float64, device=self.device)
+        for group, basis in enumerate(self.basis.to_dense()):
+            vectors[group, :, group] = basis
+        dense = self._scatter(vectors.flatten(2))[:, order]
+        return values.to(self.dtype), DenseLinearOperator(dense.to(self.dtype))
 
     def inv_quad_logdet(
         self, inv_quad_rhs: Tensor | None = None, logdet: bool | None = False, reduce_inv_quad: bool | None = True
@@ -213,10 +259,6 @@ class KroneckerSpectralLinearOperator(LinearOperator):
             log_determinant = self.eigenvalues.log().sum()
         return value, log_determinant
 
-    def inv_quad(self, inv_quad_rhs: Tensor, reduce_inv_quad: bool = True) -> Tensor:
-        r"""Return :math:`\mathrm{tr}(X^\top \Sigma^{-1} X)`, as :meth:`inv_quad_logdet` does."""
-        return self.inv_quad_logdet(inv_quad_rhs, reduce_inv_quad=reduce_inv_quad)[0]
-
     def logdet(self) -> Tensor:
         r"""Return :math:`\log|\Sigma|`, a float64 scalar [nat]. Cost: O(D)."""
         return self.inv_quad_logdet(logdet=True)[1]
@@ -238,24 +280,6 @@ class KroneckerSpectralLinearOperator(LinearOperator):
         return self._matmul(torch.eye(self.shape[-1], dtype=torch.float64, device=self.device))
 
     # ---- parts ------------------------------------------------------------------------------------------------------
-
-    def __getitem__(self, index: Any) -> Any:
-        return super().__getitem__(plain_index(index, self.shape))
-
-    def _getitem(self, row_index: Index, col_index: Index, *batch_indices: Index | int) -> LinearOperator:
-        return self.select(row_index, col_index)
-
-    def select(self, rows: Index, columns: Index) -> LinearOperator:
-        """Return the block of these rows and columns, as products with the whole matrix.
-
-        Args:
-            rows: A slice or a LongTensor ``(a,)`` of coordinates.
-            columns: Likewise ``(b,)``.
-        """
-        size = self.shape[-1]
-        if isinstance(rows, slice) and range(size)[rows] == range(size) and same_index(rows, columns, size):
-            return self
-        return LowRankPlusDiagBlock(self, positions(rows, size, self.device), positions(columns, size, self.device))
 
     def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
         groups, out, inner = self.eigenvalues.shape

@@ -7,10 +7,10 @@ import torch
 from linear_operator.operators import LinearOperator, RootLinearOperator
 from torch import Tensor
 
-from lowrank_bdl.errors import MemoryLimitError
 from lowrank_bdl.linalg import kernels
 from lowrank_bdl.linalg.capacitance import Capacitance, Projection
 from lowrank_bdl.linalg.columns import Fold
+from lowrank_bdl.linalg.exact import DENSE_LIMIT_GIB, check_dense_size
 from lowrank_bdl.linalg.factors import only_column, project
 from lowrank_bdl.linalg.functions import DiagonalFunction, InvQuadLogdetFunction, MatmulFunction, SolveFunction
 from lowrank_bdl.linalg.inverse import InverseLowRankPlusDiagLinearOperator
@@ -18,9 +18,6 @@ from lowrank_bdl.linalg.operator_structure import LowRankPlusDiagStructure
 from lowrank_bdl.linalg.principal_components import principal_components
 from lowrank_bdl.linalg.ridge import Ridge
 from lowrank_bdl.linalg.roots import LowRankPlusDiagRoot
-
-DENSE_LIMIT_GIB = 4.0
-"""The largest dense matrix that `to_dense` makes unless told otherwise [GiB]."""
 
 
 class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
@@ -64,7 +61,8 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
     def matmul(self, other: Tensor | LinearOperator) -> Tensor | LinearOperator:
         """Return the product with ``other``, shape ``(*B, D, S)`` or ``(D,)``. Cost: two reads of the root."""
         if isinstance(other, LinearOperator):
-            return super().matmul(other)
+            product: LinearOperator = super().matmul(other)
+            return product
         return self._over_columns(other, MatmulFunction.apply)
 
     def _matmul(self, rhs: Tensor) -> Tensor:
@@ -93,14 +91,6 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
         tensors = (core.root, core.diag, core.mix, columns)
         result = fold.undo(SolveFunction.apply(core.factors, capacitance, projection, *tensors))
         return result if left_tensor is None else left_tensor @ result
-
-    def _solve(self, rhs: Tensor, preconditioner: Any = None, num_tridiag: int | None = 0) -> Tensor:
-        if num_tridiag:
-            raise NotImplementedError("no tridiagonal matrices here: this solve is direct, not by conjugate gradients.")
-        return self.solve(rhs)
-
-    def _cholesky_solve(self, rhs: Tensor, upper: bool | None = False) -> Tensor:
-        return self.solve(rhs)
 
     def _over_columns(self, columns: Tensor, apply: Callable[..., Tensor]) -> Tensor:
         """Fold every batch axis that the core does not have into columns, apply, and unfold."""
@@ -156,10 +146,6 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
         vector = only_column(columns)
         projection = None if vector is None else Projection(vector, mean)
         return self._core.capacitance(projection=projection), projection
-
-    def inv_quad(self, inv_quad_rhs: Tensor, reduce_inv_quad: bool = True) -> Tensor:
-        r"""Return :math:`\mathrm{tr}(X^\top \Sigma^{-1} X)`, as `inv_quad_logdet` does."""
-        return self.inv_quad_logdet(inv_quad_rhs, reduce_inv_quad=reduce_inv_quad)[0]
 
     def logdet(self) -> Tensor:
         r"""Return :math:`\log|\Sigma|` over the coordinates that are not point masses, shape ``(*B,)`` [nat].
@@ -255,15 +241,15 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
         return principal_components(self, k, of, **options)
 
     def diagonalization(self, method: str | None = None) -> tuple[Tensor, Tensor]:
-        """Return eigenvalues and eigenvectors: all of them where the dense matrix fits, else the top ones.
+        """Return eigenvalues and eigenvectors.
 
         Args:
-            method: ``"symeig"`` for all (dense), ``"lanczos"`` for the top R; None chooses by size.
+            method: ``"symeig"`` or None for all of them, where the dense matrix fits; ``"lanczos"`` for the top R,
+                exactly, as `principal_components` has them.
         """
-        if method == "symeig" or (method is None and self.shape[-1] <= 800):
-            values, vectors = self._symeig(eigenvectors=True)
-            return values, vectors
-        return self.principal_components(min(self.rank, self.shape[-1]), of="full")
+        if method == "lanczos":
+            return self.principal_components(min(self.rank, self.shape[-1]), of="full")
+        return super().diagonalization(method)
 
     def to_dense(self, limit_gib: float = DENSE_LIMIT_GIB) -> Tensor:
         """Return the matrix as a dense tensor ``(*B, D, D)``.
@@ -282,13 +268,3 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
     def check_dense(self, limit_gib: float = DENSE_LIMIT_GIB) -> None:
         """Raise MemoryLimitError if the dense matrix would be larger than ``limit_gib`` [GiB]."""
         check_dense_size(self, limit_gib)
-
-
-def check_dense_size(operator: LinearOperator, limit_gib: float) -> None:
-    """Raise MemoryLimitError if the dense matrix of ``operator`` would be larger than ``limit_gib`` [GiB]."""
-    need = operator.shape.numel() * operator.dtype.itemsize / 2**30
-    if need > limit_gib:
-        raise MemoryLimitError(
-            f"the dense {tuple(operator.shape)} matrix needs {need:.1f} GiB, more than the limit of {limit_gib:g} GiB; "
-            "its products, solves, draws and eigenvectors need no dense matrix."
-        )

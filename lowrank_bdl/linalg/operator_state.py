@@ -17,9 +17,10 @@ from lowrank_bdl.linalg.block_scaling import num_blocks
 from lowrank_bdl.linalg.capacitance import Capacitance, Projection, factorize
 from lowrank_bdl.linalg.factors import LowRankFactors
 from lowrank_bdl.linalg.ridge import Ridge
+from lowrank_bdl.linalg.structured import StructuredLinearOperator
 
 
-class LowRankPlusDiagState(LowRankRootAddedDiagLinearOperator):
+class LowRankPlusDiagState(StructuredLinearOperator, LowRankRootAddedDiagLinearOperator):
     """The tensors of a low-rank-plus-diagonal matrix; see `LowRankPlusDiagLinearOperator` for what they mean."""
 
     def __init__(
@@ -153,10 +154,6 @@ class LowRankPlusDiagState(LowRankRootAddedDiagLinearOperator):
         _ = self.factors
         tensors: tuple[Tensor, ...] = super().representation()
         return tensors
-
-    def evaluate_kernel(self) -> Self:
-        """Return the operator itself: nothing is lazy here, and its factorisation is worth keeping."""
-        return self
 
     @property
     def dtype(self) -> torch.dtype:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from linear_operator.operators import (
-    ConstantMulLinearOperator,
     DiagLinearOperator,
     LinearOperator,
     LowRankRootAddedDiagLinearOperator,
@@ -16,8 +15,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lowrank_bdl.errors import ShapeError
-from lowrank_bdl.linalg.block import Index, LowRankPlusDiagBlock, all_distinct, plain_index, positions, same_index
+from lowrank_bdl.linalg.indices import Index, all_distinct, positions, same_index
 from lowrank_bdl.linalg.operator_state import LowRankPlusDiagState
+from lowrank_bdl.linalg.structured import LinearOperatorBlock, ScaledLinearOperator
 
 
 class LowRankPlusDiagStructure(LowRankPlusDiagState):
@@ -29,7 +29,7 @@ class LowRankPlusDiagStructure(LowRankPlusDiagState):
         if bool((constant == 0).all()):
             return ZeroLinearOperator(*self.shape, dtype=self.dtype, device=self.device)
         if not bool((constant > 0).all()):
-            return ConstantMulLinearOperator(self, constant.to(self.dtype))
+            return ScaledLinearOperator(self, constant.to(self.dtype))
         root = constant.double().sqrt()
         mix = self.mix
         if constant.ndim:
@@ -38,9 +38,6 @@ class LowRankPlusDiagStructure(LowRankPlusDiagState):
             root = root[..., None, None]
         diag = self.diag * (constant[..., None] if constant.ndim else constant).to(self.dtype)
         return self._derived(self.root, diag, mix * root, self.root_scale)
-
-    def __neg__(self) -> LinearOperator:
-        return self * -1
 
     def add_diagonal(self, diag: Tensor) -> Self:
         """Return Sigma + diag(``diag``), with ``diag`` of shape ``(*B, D)``, ``(*B, 1)`` or ``()``."""
@@ -59,9 +56,31 @@ class LowRankPlusDiagStructure(LowRankPlusDiagState):
         elif isinstance(other, RootLinearOperator):
             root = other.root.to_dense()
             other = self.__class__(root, torch.zeros_like(root[..., 0], dtype=self.dtype))
+        elif isinstance(other, ScaledLinearOperator):
+            return self._minus_multiple(other) or super().__add__(other)
         else:
-            return LinearOperator.__add__(self, other)
+            return super().__add__(other)
         return self._stacked((self, other))
+
+    def _minus_multiple(self, other: ScaledLinearOperator) -> Self | None:
+        """Return the difference to a smaller multiple of a matrix with the same root, None if ``other`` is no such."""
+        base = other.base
+        if (
+            not isinstance(base, LowRankPlusDiagStructure)
+            or other.constant.ndim
+            or base.root_scale is not self.root_scale
+        ):
+            return None
+        same = base.root.data_ptr() == self.root.data_ptr() and base.root.stride() == self.root.stride()
+        if not same or base.root.shape != self.root.shape or base.root.dtype != self.root.dtype:
+            return None
+        if self.mix.ndim or base.mix.ndim:
+            return None
+        square = self.mix.double().square() + other.constant.double() * base.mix.double().square()
+        if not bool(square >= 0):
+            return None
+        diag = self.diag + other.constant.to(base.dtype) * base.diag
+        return self._derived(self.root, diag, square.sqrt(), self.root_scale) if bool((diag >= 0).all()) else None
 
     def add_low_rank(self, low_rank_mat: Tensor | LinearOperator, *args: Any, **kwargs: Any) -> LinearOperator:
         """Return Sigma + V V' for V of shape ``(*B, D, L)``, with the columns of V stacked beside the root."""
@@ -81,7 +100,7 @@ class LowRankPlusDiagStructure(LowRankPlusDiagState):
         if all(term.mix.ndim == 0 for term in terms) and len({id(term.mix) for term in terms}) == 1:
             mix = terms[0].mix
         else:
-            mix = _block_diagonal([term._mix_matrix() for term in terms])
+            mix = block_diagonal([term._mix_matrix() for term in terms])
         return self.__class__(torch.cat(rows, dim=-2).mT, sum(term.diag for term in terms), mix)  # type: ignore[arg-type]
 
     def _mix_matrix(self) -> Tensor:
@@ -116,17 +135,6 @@ class LowRankPlusDiagStructure(LowRankPlusDiagState):
             result._unexpanded = core
         return result
 
-    def repeat(self, *sizes: Any) -> LinearOperator:
-        """Return copies along batch axes as views: nothing is repeated in memory. Sizes end in 1, 1."""
-        counts = torch.Size(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
-        if len(counts) < self.ndim or counts[-2:] != (1, 1):
-            raise ShapeError(f"repeat takes at least {self.ndim} sizes that end in 1, 1; got {tuple(counts)}.")
-        batch = counts[:-2]
-        own = (1,) * (len(batch) - len(self.batch_shape)) + tuple(self.batch_shape)
-        if all(count == 1 or size == 1 for count, size in zip(batch, own, strict=True)):
-            return self._expand_batch(torch.Size(c * s for c, s in zip(batch, own, strict=True)))
-        return super().repeat(*counts)
-
     def _permute_batch(self, *dims: int) -> Self:
         return self._map(lambda t: t.permute(*dims, *range(len(dims), t.ndim)))
 
@@ -142,17 +150,10 @@ class LowRankPlusDiagStructure(LowRankPlusDiagState):
 
     def __getitem__(self, index: Any) -> Any:
         _ = self.factors
-        return super().__getitem__(plain_index(index, self.shape))
+        return super().__getitem__(index)
 
-    def _getitem(self, row_index: Index, col_index: Index, *batch_indices: Index | int) -> LinearOperator:
-        base = self._map(lambda t: t[batch_indices]) if batch_indices else self
-        size = self.shape[-1]
-        whole = slice(None)
-        if same_index(row_index, whole, size) and same_index(col_index, whole, size):
-            return base
-        if same_index(row_index, col_index, size):
-            return base.select(row_index, col_index)
-        return base.select(positions(row_index, size, self.device), positions(col_index, size, self.device))
+    def _batch_entries(self, index: tuple[Index | int, ...]) -> Self:
+        return self._map(lambda tensor: tensor[index])
 
     def select(self, rows: Index, columns: Index) -> LinearOperator:
         """Return the block of these rows and columns: of this class where they agree, else a rectangular operator.
@@ -169,7 +170,7 @@ class LowRankPlusDiagStructure(LowRankPlusDiagState):
             rows, columns = positions(rows, size, self.device), positions(columns, size, self.device)
             if not same_index(rows, columns, size) or not all_distinct(rows, size):
                 _ = self.factors
-                return LowRankPlusDiagBlock(self, rows, columns)
+                return LinearOperatorBlock(self, rows, columns)
         diag = self.diag[..., rows]
         if self.root_scale is not None:
             gathered = self.factors.rows_at(positions(rows, size, self.device), self.dtype)
@@ -232,7 +233,7 @@ class LowRankPlusDiagStructure(LowRankPlusDiagState):
         return self.__class__(root.mT, factors.diag.clone(), factors.mix.clone(), root_scale=scale)
 
 
-def _block_diagonal(blocks: list[Tensor]) -> Tensor:
+def block_diagonal(blocks: list[Tensor]) -> Tensor:
     """Return the block-diagonal matrix of ``(*B, K, R)`` blocks, with batch axes."""
     batch = torch.broadcast_shapes(*(block.shape[:-2] for block in blocks))
     rows, columns = (sum(block.shape[axis] for block in blocks) for axis in (-2, -1))

@@ -21,7 +21,9 @@ from torch.autograd.function import Function, once_differentiable
 from lowrank_bdl.errors import NotPSDError
 from lowrank_bdl.linalg.columns import Fold
 from lowrank_bdl.linalg.factors import inverse_std
+from lowrank_bdl.linalg.indices import Index
 from lowrank_bdl.linalg.operator_state import LowRankPlusDiagState
+from lowrank_bdl.linalg.structured import StructuredLinearOperator
 
 LOST = 1e-3
 """Largest estimated relative error with which a root is applied."""
@@ -101,7 +103,7 @@ class _RootFunction(Function):
         return None, None, None, result, None, None, None
 
 
-class LowRankPlusDiagRoot(LinearOperator):
+class LowRankPlusDiagRoot(StructuredLinearOperator):
     r"""The root R (or T for the inverse) of a `LowRankPlusDiagLinearOperator`, a D x D operator with O(D K) products.
 
     Args:
@@ -131,7 +133,32 @@ class LowRankPlusDiagRoot(LinearOperator):
         return LowRankPlusDiagRoot(self.base, self.inverse_root, not self.transposed)
 
     def _expand_batch(self, batch_shape: torch.Size | list[int]) -> "LowRankPlusDiagRoot":
-        return LowRankPlusDiagRoot(self.base._expand_batch(batch_shape), self.inverse_root, self.transposed)
+        return self._of(self.base._expand_batch(batch_shape))
+
+    def _of(self, base: LowRankPlusDiagState) -> "LowRankPlusDiagRoot":
+        return LowRankPlusDiagRoot(base, self.inverse_root, self.transposed)
+
+    def _batch_entries(self, index: tuple[Index | int, ...]) -> "LowRankPlusDiagRoot":
+        return self._of(self.base[index])
+
+    def _unsqueeze_batch(self, dim: int) -> "LowRankPlusDiagRoot":
+        return self._of(self.base._unsqueeze_batch(dim))
+
+    def _permute_batch(self, *dims: int) -> "LowRankPlusDiagRoot":
+        return self._of(self.base._permute_batch(*dims))
+
+    def inverse(self) -> "LowRankPlusDiagRoot":
+        """Return the inverse of the root: the transposed root of the inverse, since T' R = I."""
+        return LowRankPlusDiagRoot(self.base, not self.inverse_root, not self.transposed)
+
+    def solve(self, right_tensor: Tensor, left_tensor: Tensor | None = None) -> Tensor:
+        """Return ``R^-1 right``, or ``left R^-1 right``: a product with the transposed root of the inverse."""
+        result = self.inverse()._matmul(right_tensor)
+        return result if left_tensor is None else left_tensor @ result
+
+    def _logdet(self) -> Tensor:
+        value: Tensor = self.base.logdet() / 2
+        return -value if self.inverse_root else value
 
     def matmul(self, other: Tensor | LinearOperator) -> Any:
         """Return the product with ``other``, directly: linear_operator's way would rebuild and refactorise the base."""

@@ -12,8 +12,8 @@ from linear_operator.operators import (
 from torch import Tensor
 
 from lowrank_bdl.errors import ShapeError
-from lowrank_bdl.linalg.block import LowRankPlusDiagBlock
 from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
+from lowrank_bdl.linalg.structured import LinearOperatorBlock
 from tests.linalg.cases import F32, F64, FEW, Case
 from tests.oracles import assert_close, dense
 
@@ -155,7 +155,7 @@ def test_blocks_that_are_not_covariances_of_distinct_coordinates() -> None:
     ):
         block = op[..., rows, :][..., :, columns]
         expected = sigma[..., rows, :][..., columns]
-        assert type(block) is LowRankPlusDiagBlock
+        assert type(block) is LinearOperatorBlock
         assert_close(block.to_dense(), expected, F64)
         assert_close(block @ x[:, : expected.shape[-1]], expected @ x[:, : expected.shape[-1]], F64, 10)
         assert_close(block.mT.to_dense(), expected.mT, F64)
