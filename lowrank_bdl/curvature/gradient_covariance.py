@@ -149,27 +149,30 @@ class GradientCovariance:
             NonFiniteError: If a gradient is NaN, infinite or too large to square; names the parameter. It is not
                 counted; with ``per_example`` the examples before it in the batch are, and the message says how many.
 
-        Cost: a forward and a backward pass, and for each gradient a pass over some 10·D numbers.
+        Cost: a forward and a backward pass, and for each gradient a pass over some 10·D numbers; one host
+        synchronisation, or one for the examples whose gradients are in memory together.
         """
         with torch.inference_mode(False):  # tensors made in inference mode cannot be differentiated by
             self._update(batch)
 
     def _update(self, batch: Any) -> None:
         inputs, targets, size = self._gradients.split(batch)
-        self._require_same_weights()
         if not self.per_example:
             gradient = self._gradients.of_batch((inputs, targets), size)
-            self._require_usable(gradient, "")
+            if self._look_at(gradient.unsqueeze(0)) == 0:
+                self._refuse(gradient, "")
             self._count(gradient, size)
             return
         counted = 0
         for gradients in self._gradients.of_examples((inputs, targets)):
-            for gradient in gradients:
-                self._require_usable(
-                    gradient, f" in example {counted} of the batch; the {counted} before it were counted"
-                )
+            usable = self._look_at(gradients, weights=counted == 0)
+            for gradient in gradients[:usable]:
                 self._count(gradient, 1)
-                counted += 1
+            counted += usable
+            if usable < len(gradients):
+                self._refuse(
+                    gradients[usable], f" in example {counted} of the batch; the {counted} before it were counted"
+                )
 
     @torch.no_grad()
     def _count(self, gradient: Tensor, size: int) -> None:
@@ -177,7 +180,7 @@ class GradientCovariance:
         if self._reference is None:
             self._reference = {name: tensor.clone() for name, tensor in self._model_state().items()}
         zero = gradient.new_zeros(()).expand_as(gradient)
-        number = torch.tensor(size, device=gradient.device)
+        number = torch.tensor(size, device="cpu")
         state = {"shift": gradient, "offset": zero, "sum_sq": zero, "count": number, "prior_count": number * 0}
         self._moments.merge(StreamingMoments.from_state(state))
         if self.num_gradients:  # the first deviation from the running mean is exactly zero
@@ -186,13 +189,38 @@ class GradientCovariance:
         self._sizes.append(size)
         self.batch_size = max(self.batch_size, size)
 
-    def _require_usable(self, gradient: Tensor, where: str) -> None:
-        bad = first_unusable(gradient, self._moments.bound)
-        if bad is not None:
-            raise NonFiniteError(
-                f"expected a gradient below {self._moments.bound:.1e} in magnitude; that of parameter "
-                f"{self.layout.name_of(bad)!r} is {gradient[bad].item()}{where}."
+    @torch.no_grad()
+    def _look_at(self, gradients: Tensor, weights: bool = True) -> int:
+        """Return how many gradients ``(B, D)`` come before one that cannot be counted; one host synchronisation.
+
+        Args:
+            gradients: In their order.
+            weights: Whether to look at the model too.
+
+        Raises:
+            StaleError: If the model has changed since the first gradient.
+        """
+        low, high = gradients.aminmax(dim=1)  # both are NaN if any entry is
+        flags = ~((low > -self._moments.bound) & (high < self._moments.bound))
+        present = self._model_state() if weights and self._reference is not None else {}
+        if present and self._reference is not None:
+            flags = torch.cat([flags, differences(self._reference, present).to(flags.device)])
+        found = flags.tolist()
+        if self._reference is not None and True in (moved := found[len(gradients) :]):
+            changed = list(self._reference)[moved.index(True)]
+            raise StaleError(
+                f"the model must stay as it was at the first of the {self.num_gradients} gradients; {changed!r} has "
+                "changed. Call reset() to measure at the present weights."
             )
+        return [*found[: len(gradients)], True].index(True)
+
+    def _refuse(self, gradient: Tensor, where: str) -> None:
+        bad = first_unusable(gradient, self._moments.bound)
+        assert bad is not None
+        raise NonFiniteError(
+            f"expected a gradient below {self._moments.bound:.1e} in magnitude; that of parameter "
+            f"{self.layout.name_of(bad)!r} is {gradient[bad].item()}{where}."
+        )
 
     def _model_state(self) -> dict[str, Tensor]:
         """Return every tensor of the model that a gradient depends on, by name."""
@@ -204,16 +232,6 @@ class GradientCovariance:
         found: dict[str, Tensor] = {name: tensor.detach() for name, tensor in model.named_parameters()}
         found.update((name, buffer) for name, buffer in model.named_buffers() if name not in ignored)
         return found
-
-    def _require_same_weights(self) -> None:
-        if self._reference is None:
-            return
-        changed = first_difference(self._reference, self._model_state())
-        if changed is not None:
-            raise StaleError(
-                f"the model must stay as it was at the first of the {self.num_gradients} gradients; {changed!r} has "
-                "changed. Call reset() to measure at the present weights."
-            )
 
     # ---- what was collected -------------------------------------------------------------------------------------
 
@@ -424,22 +442,24 @@ def _inner(left: LowRankPlusDiagLinearOperator, right: LowRankPlusDiagLinearOper
     return total
 
 
-def first_difference(reference: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> str | None:
-    """Return the name of the first tensor that differs in value, shape, dtype or device, or None; one host sync.
+def differences(reference: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor:
+    """Return which tensors differ in value, shape, dtype or device, in the order of ``reference``; no host sync.
 
     Args:
-        reference: Name to tensor. Entries that are NaN here are not compared.
+        reference: Name to tensor, at least one. Entries that are NaN here are not compared.
         present: Name to tensor.
+
+    Returns:
+        Bool, shape ``(len(reference),)``, on the device of the first tensor.
     """
-    flags = []
+    place, flags = next(iter(reference.values())).device, []
     for name, tensor in reference.items():
         other = present.get(name)
         if other is None or (other.shape, other.dtype, other.device) != (tensor.shape, tensor.dtype, tensor.device):
-            return name
-        flags.append(((tensor != other) & (tensor == tensor)).any())
-    place = flags[0].device
-    moved = torch.stack([flag.to(place) for flag in flags]).nonzero()
-    return list(reference)[int(moved[0])] if len(moved) else None
+            flags.append(torch.ones((), dtype=torch.bool, device=place))
+        else:
+            flags.append(((tensor != other) & (tensor == tensor)).any().to(place))
+    return torch.stack(flags)
 
 
 def _ratio(numerator: float, denominator: float) -> float:

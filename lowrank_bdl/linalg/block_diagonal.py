@@ -240,7 +240,9 @@ class BlockDiagonalLinearOperator(StructuredLinearOperator):
         return BlockDiagonalLinearOperator(*parts)
 
     def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
-        rows, columns, *batch = torch.broadcast_tensors(row_index, col_index, *batch_indices)
+        rows, columns, *batch = torch.broadcast_tensors(
+            *(index.to(self.device) for index in (row_index, col_index, *batch_indices))
+        )
         result = torch.zeros(rows.shape, dtype=self.dtype, device=self.device)
         for block, part in zip(self.blocks, self.slices, strict=True):
             inside = (rows >= part.start) & (rows < part.stop) & (columns >= part.start) & (columns < part.stop)

@@ -108,10 +108,11 @@ def checked_cholesky(mixed: Tensor) -> tuple[Tensor, float]:
     unit, info = torch.linalg.cholesky_ex(scale.unsqueeze(-1) * capacitance * scale.unsqueeze(-2))
     if mixed.numel() == 0:
         return unit, 0.0
-    if bool((info != 0).any()) or not bool((unit.diagonal(dim1=-2, dim2=-1) > 0).all()):
-        return unit / scale.unsqueeze(-1), math.inf
-    inverse_norm = torch.linalg.matrix_norm(torch.cholesky_inverse(unit)).max()
-    amplification = torch.where(inverse_norm.isfinite(), inverse_norm, math.inf).item()
+    eye = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
+    inverse = torch.linalg.solve_triangular(unit, eye, upper=False)  # asks nothing of the host where unit is singular
+    inverse_norm = torch.linalg.matrix_norm(inverse.mT @ inverse).max()
+    good = (info == 0).all() & (unit.diagonal(dim1=-2, dim2=-1) > 0).all() & inverse_norm.isfinite()
+    amplification = torch.where(good, inverse_norm, math.inf).item()  # the one host synchronisation
     return unit / scale.unsqueeze(-1), amplification
 
 
@@ -138,12 +139,15 @@ def _point_masses(factors: LowRankFactors) -> Tensor | None:
     if diag.numel() == 0:
         return None
     smallest, largest = torch.aminmax(diag)
-    if not bool(torch.isfinite(smallest) & torch.isfinite(largest)):
+    finite, positive, negative = torch.stack(
+        (smallest.isfinite() & largest.isfinite(), smallest > 0, smallest < 0)
+    ).tolist()  # one host synchronisation
+    if not finite:
         count = int((~diag.isfinite()).sum())
         raise NonFiniteError(f"the diagonal must be finite everywhere; got {count} NaN or infinite entries.")
-    if bool(smallest > 0):
+    if positive:
         return None
-    if bool(smallest < 0):
+    if negative:
         raise NotPSDError(
             f"the diagonal must be >= 0 everywhere; got {int((diag < 0).sum())} negative entries of {diag.numel()}, "
             f"the smallest {smallest.item():.3e}."

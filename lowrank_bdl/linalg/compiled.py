@@ -32,7 +32,7 @@ def applies(root: Tensor, diag: Tensor, *vectors: Tensor | None) -> bool:
         return False
     if not all(v is None or (v.dtype == diag.dtype and v.shape == diag.shape and takes(v)) for v in vectors):
         return False
-    return type(root) in (Tensor, Parameter) and library() is not None
+    return type(root) in (Tensor, Parameter) and root.device.type == "cpu" and library() is not None
 
 
 def takes(vector: Tensor) -> bool:

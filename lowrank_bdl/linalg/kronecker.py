@@ -88,9 +88,12 @@ class KroneckerSpectralLinearOperator(UnbatchedLinearOperator):
                 "expected left_vectors (groups, o, o), right_vectors (groups, m, m) and eigenvalues (groups, o, m)"
                 f"{', m > 1 with a bias' if has_bias else ''}; got {', '.join(str(tuple(t.shape)) for t in tensors)}."
             )
-        if not bool((eigenvalues > 0).all() & eigenvalues.isfinite().all()):
+        usable = (eigenvalues > 0).all() & eigenvalues.isfinite().all()
+        finite = left_vectors.isfinite().all() & right_vectors.isfinite().all()
+        usable, finite = torch.stack((usable, finite)).tolist()  # one host synchronisation
+        if not usable:
             raise NotPSDError(f"eigenvalues must be positive numbers; got a minimum of {eigenvalues.min().item():.3e}.")
-        if not bool(left_vectors.isfinite().all() & right_vectors.isfinite().all()):
+        if not finite:
             raise NonFiniteError("eigenvectors must be finite; got NaN or infinite entries.")
         super().__init__(*tensors, has_bias=has_bias, result_dtype=result_dtype)
         self.left_vectors = left_vectors

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.linalg import lanczos_checkpoint
+from lowrank_bdl.linalg.devices import generator_on
 from lowrank_bdl.linalg.lanczos_basis import LanczosBasis, norm
 from lowrank_bdl.linalg.lanczos_projection import Projection, Ritz, Wanted
 from lowrank_bdl.linalg.lanczos_run import LanczosRun, Operator
@@ -162,9 +163,9 @@ def lanczos(
     work_dtype = torch.promote_types(dtype, torch.float32)
     basis = _allocate(
         wanted.total, capacity, size, block_size, basis_dtype or work_dtype, work_dtype,
-        device if basis_device is None else torch.device(basis_device), device,
+        device if basis_device is None else torch.empty(0, device=basis_device).device, device,  # "cuda" is cuda:0
     )  # fmt: skip
-    generator = _generator(device) if generator is None else generator
+    generator = generator_on(device, generator) or _generator(device)
     run = LanczosRun(operator, basis, Projection(capacity, block_size), dtype, device, generator, given is None)
     facts = {
         "dim": size, "dtype": str(dtype), "k": [wanted.top, wanted.bottom], "by_size": wanted.by_size,

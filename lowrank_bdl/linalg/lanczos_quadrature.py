@@ -43,7 +43,7 @@ def lanczos_coefficients(
     diagonal = torch.zeros(count, num_steps, dtype=torch.float64, device=starts.device)
     off_diagonal = torch.zeros_like(diagonal)
     basis = starts.new_empty(count, num_steps, size) if reorthogonalize else None
-    live = list(range(count))
+    live = torch.arange(count, device=starts.device)  # recurrences that go on; not a list, whose copies make one wait
     current = starts.div_(row_dots(starts, starts).sqrt().to(starts.dtype)[:, None])
     previous = torch.zeros_like(current)
     scale = diagonal.new_zeros(count)
@@ -57,7 +57,7 @@ def lanczos_coefficients(
         alpha = row_dots(new, current)
         _subtract(new, alpha, current)
         if basis is not None:
-            for row, number in enumerate(live):
+            for row, number in enumerate(live.tolist()):
                 basis[number, step] = current[row]
                 alpha[row] += _orthogonalize(new[row], basis[number, : step + 1])
         beta = row_dots(new, new).sqrt()
@@ -72,14 +72,14 @@ def lanczos_coefficients(
             beta = row_dots(new, new).sqrt()
         diagonal[live, step] = alpha
         off_diagonal[live, step] = beta
-        going = (beta > eps * scale).tolist() if any(faint) else [True] * len(live)
-        if not all(going):
-            ended = [number for number, on in zip(live, going, strict=True) if not on]
+        going = (beta > eps * scale) if any(faint) else None
+        keep = None if going is None else going.nonzero().squeeze(-1)
+        if keep is not None and going is not None and len(keep) < len(live):
+            ended = live[~going]
             off_diagonal[ended, step] = 0
             diagonal[ended, step + 1 :] = diagonal[ended, :1]
-            keep = [row for row, on in enumerate(going) if on]
-            live = [live[row] for row in keep]
-            if not live:
+            live = live[keep]
+            if not len(live):
                 break
             new, current, beta, scale = new[keep], current[keep], beta[keep], scale[keep]
         previous, current = current, new.div_(beta.to(new.dtype)[:, None])

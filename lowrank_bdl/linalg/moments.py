@@ -101,8 +101,8 @@ class StreamingMoments:
         self.shift = torch.zeros(numel, dtype=dtype, device=device)
         self.offset = torch.zeros_like(self.shift)
         self.sum_sq = torch.zeros_like(self.shift)
-        self._count = torch.zeros((), dtype=torch.int64, device=device)
-        self._prior_count = torch.full((), prior_count, dtype=torch.int64, device=device)
+        self._count = torch.zeros((), dtype=torch.int64, device="cpu")  # counters stay there: nobody waits to read them
+        self._prior_count = torch.full((), prior_count, dtype=torch.int64, device="cpu")
         if prior_mean is not None:
             self._check(prior_mean)
             self.shift.copy_(prior_mean)
@@ -112,7 +112,8 @@ class StreamingMoments:
         """Wrap the tensors of :meth:`state`, sharing their memory: later updates write into them.
 
         Args:
-            state: ``shift``, ``offset``, ``sum_sq`` of shape ``(D,)``; ``count``, ``prior_count`` of shape ``()``.
+            state: ``shift``, ``offset``, ``sum_sq`` of shape ``(D,)``; ``count``, ``prior_count`` of shape ``()``, on
+                the CPU if reading them is not to wait for a device.
 
         Raises:
             ShapeError: If a tensor is missing or does not have the shape of the others.

@@ -180,6 +180,8 @@ class LowRankPlusDiagStructure(LowRankPlusDiagState):
         return self._derived(chosen.mT, diag, self.mix, None)
 
     def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
+        row_index, col_index, *batch = (part.to(self.device) for part in (row_index, col_index, *batch_indices))
+        batch_indices = tuple(batch)
         root = self._decoded().factors.root
         left_index, right_index = (*batch_indices, row_index), (*batch_indices, col_index)
         left, right = root[left_index], root[right_index]

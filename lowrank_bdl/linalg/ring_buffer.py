@@ -55,7 +55,7 @@ class DeviationBuffer:
         scaled = needs_scale(dtype)
         self.storage = torch.zeros((rank, numel), dtype=dtype, device=device)
         self.scale = torch.ones((rank, num_blocks(numel)), dtype=torch.float32, device=device) if scaled else None
-        self._num_pushed = torch.zeros((), dtype=torch.int64, device=device)
+        self._num_pushed = torch.zeros((), dtype=torch.int64, device="cpu")  # nobody waits for a device to read it
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> "DeviationBuffer":
@@ -99,11 +99,18 @@ class DeviationBuffer:
         """Rows present, at most K."""
         return min(self.num_pushed, self.rank)
 
+    def ages(self) -> list[int]:
+        """Return the storage indices of the rows present from oldest to newest."""
+        present, oldest = len(self), self._oldest
+        return [(oldest + age) % self.rank for age in range(present)]
+
     def age_order(self) -> Tensor:
-        """Return the storage indices of the rows present from oldest to newest, int64, shape ``(len(self),)``."""
-        present = len(self)
-        oldest = self.num_pushed % self.rank if present and present == self.rank else 0
-        return (torch.arange(present, device=self.storage.device) + oldest) % max(self.rank, 1)
+        """Return :meth:`ages` as a tensor on the buffer's device, int64, shape ``(len(self),)``."""
+        return (torch.arange(len(self), device=self.storage.device) + self._oldest) % max(self.rank, 1)
+
+    @property
+    def _oldest(self) -> int:
+        return self.num_pushed % self.rank if self.rank and self.num_pushed >= self.rank else 0
 
     @torch.no_grad()
     def push(self, row: Tensor, *, check_finite: bool = True) -> None:
@@ -113,7 +120,8 @@ class DeviationBuffer:
 
         Args:
             row: Shape ``(D,)``, floating dtype, on the buffer's device.
-            check_finite: Look for NaN and infinities first; narrow dtypes always do.
+            check_finite: Look for NaN and infinities first; float64 rows of a dtype with scales are always looked at,
+                since float32 scales may not hold them.
 
         Raises:
             ShapeError: If the shape is not ``(D,)``.
@@ -133,7 +141,9 @@ class DeviationBuffer:
             if self.scale is None:
                 self.storage[slot].copy_(row)
             else:
-                encode_rows(row, self.storage.dtype, BLOCK, out=(self.storage[slot], self.scale[slot]))
+                check = check_finite or row.dtype is torch.float64
+                out = self.storage[slot], self.scale[slot]
+                encode_rows(row, self.storage.dtype, BLOCK, out=out, check_finite=check)
         self._num_pushed += 1
 
     def next_row(self) -> Tensor | None:

@@ -165,13 +165,15 @@ def resolve_likelihood(likelihood: "str | Likelihood", noise_variance: "float | 
     return likelihood
 
 
-def align_targets(distribution: Distribution, targets: Tensor) -> Tensor:
+def align_targets(distribution: Distribution, targets: Tensor, deferred: list[Tensor] | None = None) -> Tensor:
     """Bring targets to the shape and dtype of a distribution's values; never broadcasts.
 
     Args:
         distribution: Of the targets.
         targets: Class indices of shape ``(N, *positions)`` for a categorical distribution; for others the shape of its
             values, of which a last axis of length 1 may be missing.
+        deferred: A list that takes the range check of class indices on an accelerator, for :func:`check_deferred` to
+            read once at the end; until then classes out of range count as the first. None checks at once, which waits.
 
     Returns:
         The targets; class indices as int64, others in the distribution's dtype.
@@ -192,6 +194,10 @@ def align_targets(distribution: Distribution, targets: Tensor) -> Tensor:
                 f"Targets must be integer class indices of shape {tuple(shape)}; "
                 f"got {targets.dtype} of shape {tuple(targets.shape)}."
             )
+        if deferred is not None and targets.device.type != "cpu":
+            inside = (targets >= 0) & (targets < classes)
+            deferred.append(inside.all())
+            return torch.where(inside, targets, 0).long()
         if targets.numel() and not bool(((targets >= 0) & (targets < classes)).all()):
             raise ShapeError(
                 f"Class indices must be in [0, {classes}); "
@@ -203,3 +209,14 @@ def align_targets(distribution: Distribution, targets: Tensor) -> Tensor:
     if targets.shape != shape:
         raise ShapeError(f"Targets must have the shape of the prediction, {tuple(shape)}; got {tuple(targets.shape)}.")
     return targets.to(distribution.mean.dtype)
+
+
+def check_deferred(deferred: list[Tensor]) -> None:
+    """Read the checks that :func:`align_targets` put off, in one host synchronisation, and empty the list.
+
+    Raises:
+        ShapeError: If a class index was out of range.
+    """
+    flags, deferred[:] = list(deferred), []
+    if flags and not bool(torch.stack(flags).all()):
+        raise ShapeError("Class indices must be in [0, number of classes); got some outside.")

@@ -192,7 +192,8 @@ class Laplace(ABC, Generic[PosteriorT]):
     def _squared_norm(self) -> float:
         """Return the squared length of the mean over the parameters that are not fixed."""
         slices = self.layout.slices
-        return sum(self.mean[slices[name]].double().square().sum().item() for name in self._free_names())
+        parts = [self.mean[slices[name]].double().square().sum() for name in self._free_names()]
+        return torch.stack(parts).sum().item() if parts else 0.0
 
     def log_marginal_likelihood(self, prior_precision: float | None = None) -> float:
         r"""Return Laplace's estimate of the log evidence, every constant included [nat].

@@ -3,6 +3,7 @@ r"""Laplace's log evidence as a function of the prior precision, and its maximum
 import math
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 
 _TOLERANCE = 1e-10
@@ -28,7 +29,7 @@ def log_evidence(
         True
     """
     # log1p: where the data say little of a direction, the two logarithms nearly cancel
-    occam = sum(-(values / prior_precision).log1p().sum().item() for values in eigenvalues)
+    occam = -_total((values / prior_precision).log1p() for values in eigenvalues)
     return log_likelihood + 0.5 * (occam - prior_precision * squared_norm)
 
 
@@ -63,7 +64,7 @@ def most_likely_precision(eigenvalues: Callable[[], Iterable[Tensor]], squared_n
         )
 
     def is_too_small(precision: float) -> bool:
-        determined = sum((values / (values + precision)).sum().item() for values in eigenvalues())
+        determined = _total(values / (values + precision) for values in eigenvalues())
         return determined > precision * squared_norm
 
     low = high = positive / squared_norm  # not too small: fewer than all directions are determined
@@ -73,3 +74,9 @@ def most_likely_precision(eigenvalues: Callable[[], Iterable[Tensor]], squared_n
         middle = math.sqrt(low) * math.sqrt(high)
         low, high = (middle, high) if is_too_small(middle) else (low, middle)
     return math.sqrt(low) * math.sqrt(high)
+
+
+def _total(blocks: Iterable[Tensor]) -> float:
+    """Return the sum over all blocks; one host synchronisation."""
+    sums = [block.sum() for block in blocks]
+    return torch.stack([part.to(sums[0].device) for part in sums]).sum().item() if sums else 0.0

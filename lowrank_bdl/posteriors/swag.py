@@ -26,7 +26,6 @@ from lowrank_bdl.posteriors.gaussian import GaussianPosterior
 from lowrank_bdl.posteriors.iterates import flatten_finite
 
 CENTERINGS = ("running", "final")
-_WRAPPERS = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")  # names in states of early versions
 
 
 class SWAG(nn.Module):
@@ -126,7 +125,7 @@ class SWAG(nn.Module):
             self.register_buffer("storage", buffer.storage)
             self.register_buffer("storage_scale", buffer.scale)
             self.register_buffer("num_pushed", buffer.state()["num_pushed"])
-            self.register_buffer("layout_digest", torch.tensor(_digest(self.layout), device=place))
+            self.register_buffer("layout_digest", torch.tensor(_digest(self.layout), device="cpu"))
 
     @classmethod
     def from_averaged_model(
@@ -329,11 +328,11 @@ class SWAG(nn.Module):
             last: Number T of the newest iterate, so that the newest row is that of iterate T.
         """
         place = self.storage.device
-        kept = buffer.age_order()[max(len(buffer) - rows, 0) :] if rows else buffer.age_order()[:0]
-        stored = len(kept)
+        stored = min(len(buffer), rows)
         if stored == 0:
             return slice(0, 0), torch.ones((), dtype=torch.float64, device=place)
-        low, high = int(kept.min()), int(kept.max()) + 1
+        kept = buffer.ages()[-stored:]
+        low, high = min(kept), max(kept) + 1
         if self.centering == "running":
             if high - low == stored:  # the order of columns changes nothing
                 return slice(low, high), torch.ones((), dtype=torch.float64, device=place)
@@ -347,7 +346,7 @@ class SWAG(nn.Module):
             # the first iterate has no running deviation, but it has a final one while it is inside the window
             combination = torch.cat([-steps[:, None], full], dim=1) if rows > stored else full
         mix = torch.zeros((high - low, combination.shape[1]), dtype=torch.float64, device=place)
-        mix[kept - low] = combination
+        mix[buffer.age_order()[-stored:] - low] = combination
         return slice(low, high), mix
 
     def to_averaged_model(self, model: nn.Module) -> AveragedModel:
@@ -373,6 +372,8 @@ class SWAG(nn.Module):
         """Follow moves between devices, and no change of dtype: sums in half precision would be wrong."""
 
         def keep_dtype(tensor: Tensor) -> Tensor:
+            if tensor.dtype is torch.int64:  # counters and digest stay on the CPU: nobody waits to read them
+                return tensor
             probe = fn(tensor.new_empty(0))  # asks what fn does without converting K x D numbers
             return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
 
@@ -395,7 +396,7 @@ class SWAG(nn.Module):
                 )
                 return
         digest = found.get("layout_digest")
-        if digest is not None and int(digest) not in (_digest(self.layout, wrapper) for wrapper in _WRAPPERS):
+        if digest is not None and int(digest) != _digest(self.layout):
             errors.append(
                 f"{prefix}layout_digest: the state was collected from parameters with other names or shapes; "
                 "the collector is unchanged."
@@ -415,8 +416,8 @@ class SWAG(nn.Module):
         )
 
 
-def _digest(layout: ParameterLayout, wrapper: str = "") -> int:
+def _digest(layout: ParameterLayout) -> int:
     """Return 63 bits that name the parameters and shapes of a layout, whatever their dtypes."""
     metadata = layout.to_metadata()
-    text = json.dumps([[wrapper + name for name in metadata["names"]], metadata["shapes"]])
+    text = json.dumps([metadata["names"], metadata["shapes"]])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

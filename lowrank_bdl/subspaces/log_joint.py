@@ -27,6 +27,7 @@ from lowrank_bdl.parameters.likelihoods import (
     CategoricalLikelihood,
     Likelihood,
     align_targets,
+    check_deferred,
     resolve_likelihood,
 )
 
@@ -221,6 +222,7 @@ class LogJoint:
         self._chunk_size = chunk_size
         self._width = max((m.out_features for m in model.modules() if isinstance(m, nn.Linear)), default=1)
         self._num_data: int | None = None
+        self._deferred: list[Tensor] = []  # range checks of class indices, read once a call
         self._kept: tuple[Tensor, Tensor, Tensor | None] | None = None
         if subspace.origin.shape != (self._network.layout.numel,):
             raise ShapeError(
@@ -399,6 +401,7 @@ class LogJoint:
         gradients = torch.zeros_like(thetas) if needs_gradient else None
         num_data = num_batches = 0
         going = list(range(len(thetas)))
+        self._deferred.clear()
         bar = tqdm(batches, "log-likelihood", unit="batch", leave=False, disable=not self._progress)
         with batch_norm_mode(model, self._bn_mode), torch.set_grad_enabled(needs_gradient):
             for batch in bar:
@@ -418,6 +421,7 @@ class LogJoint:
                     going = [row for row in going if above[row]]
                     if not going:
                         break
+        check_deferred(self._deferred)
         if num_batches == 0:
             raise ShapeError("data must give at least one batch; got none.")
         if batches is self._data and going:
@@ -456,7 +460,7 @@ class LogJoint:
             return -loss * (len(targets) if self._reduction == "mean" else 1)
         assert self._likelihood is not None
         distribution = self._likelihood(outputs)
-        return distribution.log_prob(align_targets(distribution, targets)).double().sum()
+        return distribution.log_prob(align_targets(distribution, targets, self._deferred)).double().sum()
 
 
 def _row_groups(rows: Sequence[int], size: int) -> Iterator["slice | list[int]"]:

@@ -131,10 +131,10 @@ class Subspace:
         r"""Return :math:`\hat\theta + P z`, differentiable in z.
 
         Args:
-            z: Coordinates, shape ``(*S, k)``, any floating dtype.
+            z: Coordinates, shape ``(*S, k)``, any floating dtype and device.
 
         Returns:
-            Weights, shape ``(*S, D)``, in the dtype of the basis [parameter].
+            Weights, shape ``(*S, D)``, in the dtype and on the device of the basis [parameter].
 
         Raises:
             ShapeError: If the last axis is not k.
@@ -143,7 +143,8 @@ class Subspace:
         """
         if z.ndim == 0 or z.shape[-1] != self.rank:
             raise ShapeError(f"z must have shape (*S, {self.rank}); got {tuple(z.shape)}.")
-        offsets: Tensor = self._kernel.lift(z.to(self.dtype).reshape(-1, self.rank), self.origin)
+        z = z.to(device=self.device, dtype=self.dtype)  # draws are small, and made wherever the sampler ran
+        offsets: Tensor = self._kernel.lift(z.reshape(-1, self.rank), self.origin)
         return offsets.reshape(*z.shape[:-1], self.numel)
 
     @torch.no_grad()
@@ -165,7 +166,7 @@ class Subspace:
         """
         if theta.ndim == 0 or theta.shape[-1] != self.numel:
             raise ShapeError(f"theta must have shape (*S, {self.numel}); got {tuple(theta.shape)}.")
-        offsets = (theta - self.origin).reshape(-1, self.numel)
+        offsets = (theta.to(self.device) - self.origin).reshape(-1, self.numel)
         scale, vectors, values = self._spectrum
         products = self._kernel.inner_products(offsets)
         coordinates = scale @ (vectors / values) @ (vectors.mT @ (scale @ products))

@@ -240,7 +240,8 @@ class Trainer:
         if loss - loss != 0:  # NaN and both infinities
             raise NonFiniteError(f"training diverged: loss {loss} in epoch {epoch}; {ADVICE}.")
         named = [(name, p) for name, p in self.model.named_parameters() if p.numel()]
-        finite = torch.stack([p.isfinite().all() for _, p in named]) if named else torch.ones(1, dtype=torch.bool)
+        flags = [p.isfinite().all().to(self.device) for _, p in named]  # a model may lie on several devices
+        finite = torch.stack(flags) if flags else torch.ones(1, dtype=torch.bool)
         if not bool(finite.all()):
             name = named[int(finite.int().argmin())][0]
             raise NonFiniteError(f"training diverged: parameter {name!r} is not finite in epoch {epoch}; {ADVICE}.")

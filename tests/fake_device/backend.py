@@ -74,11 +74,11 @@ class Backend(TorchDispatchMode):
         if to_host:
             return result
         wrapped = pytree.tree_map(lambda leaf: OnDevice(leaf, place) if isinstance(leaf, Tensor) else leaf, result)
-        if ours:
-            return return_and_correct_aliasing(func, args, kwargs, wrapped)
-        for leaf in pytree.tree_leaves(wrapped) if not self._makes else ():
-            leaf.anywhere = True
-        return wrapped
+        if not self._makes and all(tensor.anywhere for tensor in ours):
+            for leaf in pytree.tree_leaves(wrapped):
+                if isinstance(leaf, OnDevice):
+                    leaf.anywhere = True
+        return return_and_correct_aliasing(func, args, kwargs, wrapped) if ours else wrapped
 
     def _made_for_ours(self, tensors: list[Tensor], kwargs: Any) -> bool:
         """Whether an operation without tensors of ours makes one: asked for, or by C++ for one that it has seen."""
