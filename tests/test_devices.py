@@ -1,0 +1,195 @@
+"""The library on an accelerator, emulated: results stay there, equal the CPU's, and the host hardly ever waits."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+import lowrank_bdl as lb
+from lowrank_bdl.errors import NonFiniteError, ShapeError
+from lowrank_bdl.linalg import moments
+from lowrank_bdl.training.collection import Collection
+from lowrank_bdl.training.trainer import Trainer
+from tests.fake_device import FakeDevice, on_cpu
+from tests.public_operations import (
+    OPERATIONS,
+    D,
+    Operation,
+    batches,
+    collector,
+    covariance,
+    generator,
+    log_joint,
+    move_,
+    network,
+    normal,
+)
+
+ELSEWHERE = {"map_in_subspace"}
+"""Operations whose result may lie elsewhere than the model: small draws."""
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """Assert that two structures of tensors and numbers agree to the rounding of float32."""
+    mine, theirs = pytree.tree_leaves(on_cpu(found)), pytree.tree_leaves(on_cpu(expected))
+    assert len(mine) == len(theirs)
+    for one, other in zip(mine, theirs, strict=True):
+        one, other = torch.as_tensor(one), torch.as_tensor(other)
+        scale = other.abs().max().item() if other.numel() and other.dtype.is_floating_point else 0.0
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * scale)
+
+
+def devices_of(result: Any) -> set[str]:
+    return {str(leaf.device) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=lambda operation: operation.name)
+@pytest.mark.parametrize("name", ["cuda:0", "cuda:1"])  # the second while the first is current
+def test_operation_on_an_accelerator(operation: Operation, name: str) -> None:
+    expected = operation.make(torch.device("cpu"))()
+    with FakeDevice("cuda:0") as gpu:
+        call = operation.make(torch.device(name))
+        with gpu.section() as part:
+            found = call()
+        if operation.name not in ELSEWHERE:
+            assert devices_of(found) <= {name}
+    assert_same(found, expected)
+    if operation.syncs is not None:
+        assert part.num_syncs <= operation.syncs, part.where()
+
+
+def on_two_devices() -> nn.Module:
+    """A network whose first layer lies on one device and the second on another."""
+
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 10).to("cuda:0"), nn.Linear(10, 3).to("cuda:1")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x.to("cuda:0")).tanh().to("cuda:1"))
+
+    return Split()
+
+
+def test_a_model_over_two_devices_trains_and_is_collected() -> None:
+    with FakeDevice("cuda"):
+        model = on_two_devices()
+        swag = lb.SWAG(model, rank=2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def loss(network: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            output = network(x)
+            return nn.functional.cross_entropy(output, y.to(output.device)), output
+
+        trainer = Trainer(model, optimizer, loss, collections={"swag": Collection(swag)})
+        trainer.fit(batches(torch.device("cpu")), 4, progress=False)
+        assert swag.n_averaged == 4 and swag.posterior().sample(2).device == torch.device("cuda:0")
+        with torch.no_grad():
+            model.second.weight[0, 0] = torch.nan
+        with pytest.raises(NonFiniteError, match="training diverged"):
+            trainer.fit(batches(torch.device("cpu")), 5, progress=False)
+
+
+def test_a_trainers_step_waits_for_nothing() -> None:
+    with FakeDevice("cuda") as gpu:
+        model, data = network(torch.device("cuda")), batches(torch.device("cuda"))
+        trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        waits = []
+        for repeats in (1, 5):
+            with gpu.section() as part:
+                trainer.train_epoch(data * repeats, progress=False)
+            waits.append(part.num_syncs)
+    assert waits[0] == waits[1] <= 2, part.where()  # the epoch's mean and the check of the weights
+
+
+def test_basis_device_without_an_index_is_the_current_device() -> None:
+    with FakeDevice("cuda") as gpu:
+        operator, start = covariance(torch.device("cuda:0")), torch.ones(D, device="cuda:0")
+        found = []
+        for basis_device in (None, "cuda", "cuda:0"):
+            with gpu.section() as part:
+                pairs = lb.lanczos(operator, 2, start=start, basis_device=basis_device)
+            found.append((part.launches, part.largest, pairs.eigenvectors.untyped_storage().nbytes()))
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("dim", [1000, 300_000])
+def test_no_loop_over_chunks_waits(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "column_chunks", small_chunks)
+    with FakeDevice("cuda") as gpu:
+        device = torch.device("cuda")
+        model = nn.ParameterList([torch.zeros(dim, device=device)])
+        swag = lb.SWAG(model, rank=3)
+        for seed in range(5):
+            move_(model, seed)
+            with gpu.section() as update:
+                swag.update_parameters(model)
+        with gpu.section() as made:
+            posterior = swag.posterior()
+        with gpu.section() as drawn:
+            posterior.sample(2, generator(device))
+        posterior.log_prob(posterior.mean)
+        with gpu.section() as density:
+            posterior.log_prob(posterior.mean)
+    assert [part.num_syncs for part in (update, made, drawn, density)] == [1, 1, 0, 1]
+
+
+def small_chunks(numel: int, device: torch.device, block: int = 1) -> Iterator[slice]:
+    width = max(50_000 // block, 1) * block
+    return (slice(start, min(start + width, numel)) for start in range(0, numel, width))
+
+
+def test_slq_waits_once_a_step() -> None:
+    with FakeDevice("cuda") as gpu:
+        device, waits = torch.device("cuda"), []
+        operator = covariance(device)
+        for steps in (4, 8):
+            with gpu.section() as part:
+                lb.spectral_density(operator, 3, steps, generator=generator(device))
+            waits.append(part.num_syncs)
+    assert waits[1] - waits[0] <= 4, part.where()
+
+
+def test_lanczos_waits_once_a_product() -> None:
+    with FakeDevice("cuda") as gpu:
+        values, start = torch.linspace(-1, 3, D).to("cuda"), normal(torch.device("cuda"), D)
+        with gpu.section() as part:
+            pairs = lb.lanczos(lambda v: values * v, (2, 1), which="BE", start=start)
+    assert part.num_syncs <= pairs.num_matvecs + 12, part.where()  # and a few when it begins and ends
+
+
+def test_counters_stay_on_the_host_and_travel_with_the_state() -> None:
+    with FakeDevice("cuda") as gpu:
+        model, swag = collector(torch.device("cuda"))
+        copied, moved = copy.deepcopy(swag), copy.deepcopy(swag).to("cuda:1")
+        other = lb.SWAG(network(torch.device("cuda")), rank=4)
+        other.load_state_dict(swag.state_dict())
+        with gpu.section() as part:
+            numbers = [one.n_averaged for one in (swag, copied, moved, other)]
+        assert numbers == [6] * 4 and part.num_syncs == 0
+        assert moved.storage.device == torch.device("cuda:1")
+        move_(model, 9)
+        for one in (swag, copied, other):
+            one.update_parameters(model)
+        assert_same(other.posterior().to_state()[0], swag.posterior().to_state()[0])
+        assert_same(copied.posterior().to_state()[0], swag.posterior().to_state()[0])
+        state = {name: tensor.to("cuda") for name, tensor in swag.state_dict().items()}  # as files of before have it
+        other.load_state_dict(state)
+        assert other.n_averaged == 7
+
+
+def test_targets_out_of_range_are_refused_on_a_device_too() -> None:
+    with FakeDevice("cuda"):
+        device = torch.device("cuda")
+        target = log_joint(device)
+        x, y = batches(device)[0]
+        wrong = lb.LogJoint(target.subspace, network(device), "categorical", [(x, y), (x, y + 1)])
+        for _ in range(2):
+            with pytest.raises(ShapeError, match=r"Class indices must be in \[0, number of classes\)"):
+                wrong(torch.zeros(2, device=device))
+        assert torch.isfinite(target(torch.zeros(2, device=device))).item()
