@@ -21,6 +21,7 @@ from lowrank_bdl.linalg.memory import require_memory
 from lowrank_bdl.parameters.functional import CallFn, FunctionalModel
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
+from lowrank_bdl.parameters.wrappers import named_parameters
 
 Vectors: TypeAlias = Sequence[Tensor | None]
 Product: TypeAlias = Callable[[Sequence[Tensor]], Vectors]
@@ -101,7 +102,7 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
     def _outputs(self, weights: Mapping[str, Tensor], inputs: Any, targets: Tensor) -> Any:
         own = set(self.layout.names)
         model = self._network.stateless.model
-        rest = {name: tensor.detach() for name, tensor in model.named_parameters() if name not in own}
+        rest = {name: tensor.detach() for name, tensor in named_parameters(model).items() if name not in own}
         return self._network.stateless({**rest, **weights}, (inputs, targets))
 
     # ---- products ---------------------------------------------------------------------------------------------------
@@ -211,7 +212,7 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
     def _fingerprint(self) -> dict[str, tuple[int, int, int]]:
         """What identifies every tensor that the matrix depends on beside the weights; no values are read."""
         model, own = self._network.stateless.model, set(self.layout.names)
-        tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if name not in own}
+        tensors: dict[str, Tensor] = {n: p for n, p in named_parameters(model).items() if n not in own}
         for prefix, module in model.named_modules():
             if self._bn_mode == "eval" or not isinstance(module, _BatchNorm):
                 for name, buffer in module.named_buffers(prefix, recurse=False):

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.parameters.layout import ParameterLayout
+from lowrank_bdl.parameters.wrappers import plain_names
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,9 @@ def find_layers(model: nn.Module, layout: ParameterLayout) -> list[Layer]:
     """
     own = set(layout.names) - {first for _, first in layout.aliases}
     found = []
-    for name, module in model.named_modules():
+    plain = plain_names(model)
+    for path, module in model.named_modules():
+        name = plain(path)
         if isinstance(module, _BatchNorm) and module.running_mean is None:
             raise ShapeError(
                 f"Batch-norm layer {name!r} keeps no running statistics, so that no example has a gradient of its own; "

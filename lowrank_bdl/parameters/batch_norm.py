@@ -22,6 +22,7 @@ from tqdm import tqdm
 from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.parameters.functional import CallFn, FunctionalModel, StatelessModel, evaluation_mode
 from lowrank_bdl.parameters.layout import ParameterLayout
+from lowrank_bdl.parameters.wrappers import named_buffers, plain_names, uncompiled
 
 
 class _LayerStatistics:
@@ -105,8 +106,9 @@ def _observed(layers: Iterable[_LayerStatistics], current: list[int]) -> Iterato
 
 
 def _tracking_layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    plain = plain_names(model)
     return {
-        name: module
+        plain(name): module
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
     }
@@ -146,7 +148,7 @@ def _pooled(
     layers = [_LayerStatistics(name, bn, num_samples) for name, bn in _tracking_layers(network.model).items()]
     current = [0]
     num_batches = 0
-    with evaluation_mode(network.model), _observed(layers, current):
+    with evaluation_mode(network.model), _observed(layers, current), uncompiled(network.model):
         bar = tqdm(loader, "batch-norm statistics", limit, unit="batch", leave=False, disable=not progress)
         for batch in islice(bar, limit):
             num_batches += 1
@@ -274,7 +276,7 @@ def recalibrate_batch_norm_(
     if not _tracking_layers(model):
         return
     found = _pooled(StatelessModel(model, call_fn), [{}], 1, loader, fraction, progress)
-    own = dict(model.named_buffers())
+    own = named_buffers(model)
     with torch.no_grad():
         for name, value in found.items():
             own[name].copy_(value[0])

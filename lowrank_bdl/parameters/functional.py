@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.substitution import Substitution
+from lowrank_bdl.parameters.wrappers import is_compiled, named_buffers
 
 CallFn: TypeAlias = Callable[[nn.Module, Any], Any]
 
@@ -62,7 +63,7 @@ def is_plain_perceptron(model: nn.Module) -> bool:
         >>> is_plain_perceptron(nn.Sequential(nn.Linear(2, 2), nn.ReLU())), is_plain_perceptron(nn.BatchNorm1d(2))
         (True, False)
     """
-    return not hasattr(model, "_orig_mod") and all(
+    return not is_compiled(model) and all(
         not (m._forward_hooks or m._forward_pre_hooks)
         and (type(m) is nn.Linear or next(m.parameters(recurse=False), None) is None)
         for m in model.modules()
@@ -163,7 +164,7 @@ class StatelessModel:
             LowRankBDLError: If the network computes with its own parameters in place of the given ones, or has a
                 reentrant checkpoint, through which gradients do not reach these.
         """
-        present = {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
+        present = {name: buffer.detach().clone() for name, buffer in named_buffers(self.model).items()}
         for name, value in (buffers or {}).items():
             own = present.get(name)
             if own is None or own.shape != value.shape:

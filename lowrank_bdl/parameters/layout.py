@@ -14,8 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from lowrank_bdl.errors import CheckpointError, ShapeError
 from lowrank_bdl.parameters.selection import Selector, select
-
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DataParallel, AveragedModel; torch.compile
+from lowrank_bdl.parameters.wrappers import named_parameters, without_wrappers
 
 
 def _named_groups(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, nn.Parameter]]:
@@ -23,7 +22,7 @@ def _named_groups(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[st
     first_name: dict[int, str] = {}
     groups: dict[str, tuple[str, ...]] = {}
     tensors: dict[str, nn.Parameter] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in named_parameters(model, remove_duplicate=False).items():
         first = first_name.setdefault(id(parameter), name)
         groups[first] = groups.get(first, ()) + (name,)
         tensors[first] = parameter
@@ -35,7 +34,9 @@ class ParameterLayout:
     r"""Where each named parameter of a network lies in the flat vector :math:`\theta \in \mathbb{R}^D`.
 
     Parameters are keyed by name, in the order of ``named_parameters()``. A tied parameter occurs once, under its first
-    name; its other names are kept as aliases. The layout holds no tensor: it is hashable, comparable and cheap to copy.
+    name; its other names are kept as aliases. Names are without those of torch's wrappers (``module.`` of data-parallel
+    and averaged models, ``_orig_mod.`` of compiled ones, ``_checkpoint_wrapped_module.``). The layout holds no tensor:
+    it is hashable, comparable and cheap to copy.
 
     Attributes:
         names: The P parameter names.
@@ -231,7 +232,7 @@ class ParameterLayout:
         Raises:
             ShapeError: As :meth:`check`.
         """
-        present = dict(model.named_parameters(remove_duplicate=False))
+        present = named_parameters(model, remove_duplicate=False)
         owner: dict[int, str] = {}
         for name, shape in zip(self.names, self.shapes, strict=True):
             if name not in present:
@@ -259,11 +260,10 @@ class ParameterLayout:
 
     @staticmethod
     def _wrapper_hint(name: str, present: Mapping[str, object]) -> str:
-        for prefix in _WRAPPER_PREFIXES:
-            if prefix + name in present:
-                return f" It has {prefix + name!r}: pass the wrapped network, model.{prefix[:-1]}."
-            if name.startswith(prefix) and name[len(prefix) :] in present:
-                return f" It has {name[len(prefix) :]!r}: the layout was made from a wrapped network."
+        if f"module.{name}" in present:
+            return f" It has {f'module.{name}'!r}: pass the wrapped network, model.module."
+        if (inner := name.removeprefix("module.")) != name and inner in present:
+            return f" It has {inner!r}: the layout was made from a wrapped network."
         return ""
 
     @torch.no_grad()
@@ -427,7 +427,7 @@ class ParameterLayout:
             metadata: What :meth:`to_metadata` gave, possibly after a trip through JSON.
 
         Returns:
-            An equal layout.
+            An equal layout; without the names of compiled networks' and checkpoints' wrappers, which early files have.
 
         Raises:
             CheckpointError: If a field is missing or malformed.
@@ -456,6 +456,8 @@ class ParameterLayout:
         for text, dtype in zip(dtypes, found, strict=True):
             if not isinstance(dtype, torch.dtype):
                 raise CheckpointError(f"A layout's dtype must be the name of a torch dtype; got {text!r}.")
+        names = [without_wrappers(name) for name in names]
+        aliases = [[without_wrappers(name) for name in pair] for pair in aliases]
         try:
             return cls(
                 tuple(names),

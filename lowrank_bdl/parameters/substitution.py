@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from lowrank_bdl.errors import LowRankBDLError
 from lowrank_bdl.parameters.checkpointing import checkpoints_rerun
 from lowrank_bdl.parameters.witness import WeightWitness
+from lowrank_bdl.parameters.wrappers import data_parallel_parts, named_parameters, names_in, unsynchronized
 
 
 class _Runner(nn.Module):
@@ -50,6 +51,8 @@ class Substitution:
     def __init__(self, module: nn.Module, *, protect: bool = True) -> None:
         self.module = module
         self._protect = protect
+        self._names = names_in(module)
+        self._data_parallel = data_parallel_parts(module)
         self._written: dict[tuple[bool, bool], frozenset[str]] = {}
 
     def __call__(
@@ -61,7 +64,8 @@ class Substitution:
         """Run the function with tensors in place.
 
         Args:
-            parameters: Name to tensor, for any of the module's parameters.
+            parameters: Name to tensor, for any of the module's parameters; names are those of a layout, without the
+                names of wrappers.
             function: Calls the module.
             buffers: Name to tensor, for any of its buffers; the function may write into them.
 
@@ -99,7 +103,7 @@ class Substitution:
         function: Callable[[], Any],
         buffers: Mapping[str, Tensor],
     ) -> Any:
-        present = dict(self.module.named_parameters(remove_duplicate=False))
+        present = named_parameters(self.module, remove_duplicate=False)
         replaced = {name: present[name].detach() for name in parameters if name in present}
         given = {**parameters, **(self._others(parameters) if self._protect else {})}
         copies = {name: tensor.clone() for name, tensor in given.items()}
@@ -121,18 +125,19 @@ class Substitution:
 
     def _others(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The module's parameters for which nothing is given, not even by another name of the same one."""
-        present = dict(self.module.named_parameters(remove_duplicate=False))
+        present = named_parameters(self.module, remove_duplicate=False)
         covered = {id(present[name]) for name in parameters if name in present}
-        return {name: own for name, own in self.module.named_parameters() if id(own) not in covered}
+        return {name: own for name, own in named_parameters(self.module).items() if id(own) not in covered}
 
     def _run(self, tensors: dict[str, Tensor], buffers: Mapping[str, Tensor], function: Callable[[], Any]) -> Any:
-        inside = {f"model.{name}": tensor for name, tensor in (*tensors.items(), *buffers.items())}
+        every = (*tensors.items(), *buffers.items())
+        inside = {f"model.{self._names.get(name, name)}": tensor for name, tensor in every}
         runner = _Runner(self.module)
         if torch.compiler.is_compiling():
             return functional_call(runner, inside, (function,))
 
         def run(body: Callable[[], Any]) -> Any:
-            with checkpoints_rerun(run, lambda: list(inside.values())):
+            with checkpoints_rerun(run, lambda: list(inside.values())), unsynchronized(self._data_parallel):
                 return functional_call(runner, inside, (body,))
 
         return run(function)

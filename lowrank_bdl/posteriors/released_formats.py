@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lowrank_bdl.errors import CheckpointError
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
+from lowrank_bdl.parameters.wrappers import named_parameters
 
 NEGATIVE_VARIANCE_RULES = ("error", "clamp", "deviations")
 
@@ -63,7 +64,7 @@ def read_swa_gaussian(
     name = os.fspath(path)
     state = _load_state(path)
     layout = ParameterLayout.from_module(model, include=include, exclude=exclude)
-    known = {f"{prefix}{parameter}" for parameter, _ in model.named_parameters(remove_duplicate=False)}
+    known = {f"{prefix}{parameter}" for parameter in named_parameters(model, remove_duplicate=False)}
     in_file = {key.removesuffix("_sq_mean") for key in state if key.endswith("_sq_mean")}
     if in_file - known:
         raise CheckpointError(f"{name} has parameter {min(in_file - known)!r}, which the model lacks.")

@@ -26,6 +26,7 @@ from lowrank_bdl.posteriors.gaussian import GaussianPosterior
 from lowrank_bdl.posteriors.iterates import flatten_finite
 
 CENTERINGS = ("running", "final")
+_WRAPPERS = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")  # names in states of early versions
 
 
 class SWAG(nn.Module):
@@ -396,7 +397,7 @@ class SWAG(nn.Module):
                 )
                 return
         digest = found.get("layout_digest")
-        if digest is not None and int(digest) != _digest(self.layout):
+        if digest is not None and int(digest) not in (_digest(self.layout, wrapper) for wrapper in _WRAPPERS):
             errors.append(
                 f"{prefix}layout_digest: the state was collected from parameters with other names or shapes; "
                 "the collector is unchanged."
@@ -416,8 +417,8 @@ class SWAG(nn.Module):
         )
 
 
-def _digest(layout: ParameterLayout) -> int:
+def _digest(layout: ParameterLayout, wrapper: str = "") -> int:
     """Return 63 bits that name the parameters and shapes of a layout, whatever their dtypes."""
     metadata = layout.to_metadata()
-    text = json.dumps([metadata["names"], metadata["shapes"]])
+    text = json.dumps([[wrapper + name for name in metadata["names"]], metadata["shapes"]])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

@@ -182,10 +182,15 @@ def test_a_mismatch_names_the_first_parameter_that_differs():
 
 def test_a_wrapped_network_is_recognised_in_the_message():
     model = nn.Linear(3, 2)
-    wrapped = torch.optim.swa_utils.AveragedModel(model)
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = model
+
+    wrapped = Wrapper()
     with pytest.raises(ShapeError, match=r"It has 'module.weight': pass the wrapped network, model.module\."):
         ParameterLayout.from_module(model).check(wrapped)
-    wrapped.requires_grad_(True)
     with pytest.raises(ShapeError, match="It has 'weight': the layout was made from a wrapped network"):
         ParameterLayout.from_module(wrapped).check(model)
 

@@ -450,7 +450,7 @@ def test_model_of_another_layout_is_refused():
     with pytest.raises(ShapeError, match=r"first at parameter '2.weight': expected shape \(1, 3\), got \(2, 3\)"):
         swag.update_parameters(wrong)
     with pytest.raises(ShapeError, match="pass the wrapped network, model.module"):
-        swag.update_parameters(AveragedModel(network()))
+        swag.update_parameters(nn.ModuleDict({"module": network()}))
     with pytest.raises(ShapeError, match="'2.weight'"):
         swag.to_averaged_model(wrong)
     assert states_equal(swag, before)
