@@ -64,6 +64,9 @@ class BlockDiagonalLinearOperator(StructuredLinearOperator):
         ends = list(accumulate(block.shape[-1] for block in blocks))
         self.slices = tuple(slice(start, end) for start, end in zip([0, *ends], ends, strict=False))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self.blocks
+
     def _size(self) -> torch.Size:
         dim = self.slices[-1].stop
         return torch.Size((*self.blocks[0].batch_shape, dim, dim))
@@ -282,3 +285,6 @@ class BlockDiagonalLinearOperator(StructuredLinearOperator):
             for piece, part in zip(pieces, self.slices, strict=True)
         ]
         return torch.cat(rows, dim=-2)
+
+
+torch.serialization.add_safe_globals([BlockDiagonalLinearOperator])

@@ -3,6 +3,10 @@
 Above 800 coordinates linear_operator answers solves, log-determinants, roots, draws and eigenvectors by conjugate
 gradients, Lanczos iterations and pivoted factors, without a word and as global settings say. Here every such operation
 is computed from the dense matrix in float64 up to that size, and refused above it.
+
+Operators are pickled as their class and the tensors that its constructor takes, and the classes are registered with
+``torch.serialization.add_safe_globals``: ``torch.load`` reads them with ``weights_only=True`` once the library is
+imported, and the constructors check what comes in.
 """
 
 from typing import Any, NoReturn

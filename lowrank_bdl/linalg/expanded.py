@@ -45,6 +45,9 @@ class ExpandedLinearOperator(StructuredLinearOperator):
         self.base = base
         self.expanded = torch.Size(batch_shape)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.base, self.expanded)
+
     def _size(self) -> torch.Size:
         return torch.Size((*self.expanded, *self.base.shape))
 
@@ -169,3 +172,6 @@ class ExpandedLinearOperator(StructuredLinearOperator):
             batch = torch.broadcast_shapes(self.expanded, other.expanded)
             return (self.base + other.base)._expand_batch(batch)
         return super().__add__(other)
+
+
+torch.serialization.add_safe_globals([ExpandedLinearOperator])

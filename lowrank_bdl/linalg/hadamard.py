@@ -215,6 +215,9 @@ class RandomizedHadamardLinearOperator(UnbatchedLinearOperator):
         inner, outer, columns = (t.to(mix.device) for t in (self.inner_signs, self.outer_signs, self.columns))
         return self.__class__(inner, outer, columns, mix)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(self.to_state().values())
+
     def to_state(self) -> dict[str, Tensor]:
         """Return the tensors by name."""
         names = ("inner_signs", "outer_signs", "columns", "mix")
@@ -259,3 +262,6 @@ class _TransposedHadamard(UnbatchedLinearOperator):
 
     def _transpose_nonbatch(self) -> RandomizedHadamardLinearOperator:
         return self.operator
+
+
+torch.serialization.add_safe_globals([RandomizedHadamardLinearOperator])

@@ -9,10 +9,10 @@ from torch.autograd.function import Function
 
 from lowrank_bdl.errors import NotPSDError, ShapeError
 from lowrank_bdl.linalg.factors import inverse_std
-from lowrank_bdl.linalg.indices import Index
+from lowrank_bdl.linalg.indices import Index, all_distinct, positions, same_index
 from lowrank_bdl.linalg.operator_state import LowRankPlusDiagState
 from lowrank_bdl.linalg.operator_structure import LowRankPlusDiagStructure
-from lowrank_bdl.linalg.precision_sums import add_precisions, add_to_precision
+from lowrank_bdl.linalg.precision_sums import add_precisions, add_to_precision, precision_block
 from lowrank_bdl.linalg.roots import LOST, LowRankPlusDiagRoot, apply_root_
 from lowrank_bdl.linalg.structured import StructuredLinearOperator
 
@@ -67,6 +67,9 @@ class InverseLowRankPlusDiagLinearOperator(StructuredLinearOperator):
         super().__init__(base)
         self.base = base
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.base,)
+
     def _size(self) -> torch.Size:
         return torch.Size(self.base.shape)
 
@@ -87,6 +90,23 @@ class InverseLowRankPlusDiagLinearOperator(StructuredLinearOperator):
 
     def _repeat_batch(self, counts: torch.Size) -> "InverseLowRankPlusDiagLinearOperator":
         return InverseLowRankPlusDiagLinearOperator(self.base.repeat(*counts, 1, 1))
+
+    def select(self, rows: Index, columns: Index) -> LinearOperator:
+        """Return the block of these rows and columns: an inverse again where they agree, else a rectangular operator.
+
+        Args:
+            rows: A slice or a LongTensor ``(m,)`` of coordinates.
+            columns: Likewise ``(n,)``.
+
+        Cost: of an inverse, a read of the root and O(D K^2) time, once.
+        """
+        size = self.shape[-1]
+        if not isinstance(rows, slice) or not isinstance(columns, slice):
+            rows, columns = (positions(index, size, self.device) for index in (rows, columns))
+        whole = isinstance(rows, slice) and range(size)[rows] == range(size)
+        if same_index(rows, columns, size) and not whole and (isinstance(rows, slice) or all_distinct(rows, size)):
+            return InverseLowRankPlusDiagLinearOperator(precision_block(self.base, rows))
+        return super().select(rows, columns)
 
     # ---- sums and multiples -----------------------------------------------------------------------------------------
 
@@ -201,3 +221,6 @@ class InverseLowRankPlusDiagLinearOperator(StructuredLinearOperator):
         eye = torch.eye(self.shape[-1], dtype=self.dtype, device=self.device)
         dense: Tensor = self.base.solve(eye.expand(*self.batch_shape, *eye.shape))
         return dense
+
+
+torch.serialization.add_safe_globals([InverseLowRankPlusDiagLinearOperator])

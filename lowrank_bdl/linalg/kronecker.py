@@ -107,6 +107,9 @@ class KroneckerSpectralLinearOperator(UnbatchedLinearOperator):
     def _size(self) -> torch.Size:
         return torch.Size((self.eigenvalues.numel(),) * 2)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (*self._args, self.has_bias, self.result_dtype)
+
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of results with a row a coordinate."""
@@ -373,3 +376,6 @@ def kl_kronecker(p: KroneckerSpectralLinearOperator, q: KroneckerSpectralLinearO
         ratio = (left @ p.eigenvalues @ right.mT) / q.eigenvalues
         divergence = (ratio - 1).sum() - p.logdet() + q.logdet()
     return 0.5 * (divergence + quadratic)
+
+
+torch.serialization.add_safe_globals([KroneckerSpectralLinearOperator])

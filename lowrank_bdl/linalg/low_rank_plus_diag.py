@@ -268,3 +268,6 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
     def check_dense(self, limit_gib: float = DENSE_LIMIT_GIB) -> None:
         """Raise MemoryLimitError if the dense matrix would be larger than ``limit_gib`` [GiB]."""
         check_dense_size(self, limit_gib)
+
+
+torch.serialization.add_safe_globals([LowRankPlusDiagLinearOperator])

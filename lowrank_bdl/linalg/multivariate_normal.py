@@ -6,15 +6,17 @@ from typing import Any, TypeAlias
 
 import gpytorch
 import torch
-from linear_operator.operators import DiagLinearOperator, LinearOperator, LowRankRootAddedDiagLinearOperator
+from linear_operator.operators import DiagLinearOperator, LinearOperator
 from torch import Tensor
 from torch.distributions.kl import register_kl
 
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.linalg.columns import Fold
+from lowrank_bdl.linalg.divergences import kl_gaussians, structured
+from lowrank_bdl.linalg.indices import plain_index, same_index
 from lowrank_bdl.linalg.inverse import InverseLowRankPlusDiagLinearOperator
-from lowrank_bdl.linalg.kl import kl_differentiable, kl_low_rank
 from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
+from lowrank_bdl.linalg.structured import StructuredLinearOperator
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -32,12 +34,14 @@ class MultivariateNormal(gpytorch.distributions.MultivariateNormal):
 
     Args:
         mean: :math:`m`, shape ``(*B, D)`` [parameter].
-        covariance_matrix: A `LowRankPlusDiagLinearOperator`, its `inverse()`, or linear_operator's
-            `LowRankRootAddedDiagLinearOperator`, which is converted; shape ``(*B, D, D)`` [parameter²].
+        covariance_matrix: A `LowRankPlusDiagLinearOperator`, its `inverse()`, or another operator of this library,
+            such as a block-diagonal one or a sum. linear_operator's diagonal and `LowRankRootAddedDiagLinearOperator`
+            are converted; of its other classes, as of sums, what their structure does not have is computed densely up
+            to 800 dimensions and refused above. Shape ``(*B, D, D)`` [parameter²].
         validate_args: As in torch.distributions.
 
     Raises:
-        TypeError: If the covariance is of another class.
+        TypeError: If the covariance is no operator.
         ShapeError: If the shapes do not fit together.
 
     Example:
@@ -52,27 +56,31 @@ class MultivariateNormal(gpytorch.distributions.MultivariateNormal):
     """
 
     def __init__(self, mean: Tensor, covariance_matrix: LinearOperator, validate_args: bool = False) -> None:
-        if not isinstance(covariance_matrix, LowRankPlusDiagLinearOperator | InverseLowRankPlusDiagLinearOperator):
-            if not isinstance(covariance_matrix, LowRankRootAddedDiagLinearOperator):
-                raise TypeError(
-                    "covariance_matrix must be a LowRankPlusDiagLinearOperator or its inverse(), got "
-                    f"{type(covariance_matrix).__name__}; gpytorch.distributions.MultivariateNormal takes any."
-                )
-            covariance_matrix = LowRankPlusDiagLinearOperator.from_linear_operator(covariance_matrix)
+        if not isinstance(covariance_matrix, LinearOperator):
+            raise TypeError(
+                "covariance_matrix must be a linear operator, such as a LowRankPlusDiagLinearOperator or its "
+                f"inverse(); got {type(covariance_matrix).__name__}. gpytorch's class takes tensors."
+            )
+        covariance_matrix = structured(covariance_matrix)
+        covariance_matrix._require_square("a covariance")
         if mean.ndim < 1 or mean.shape[-1] != covariance_matrix.shape[-1]:
             raise ShapeError(f"mean must be (*B, {covariance_matrix.shape[-1]}); got {tuple(mean.shape)}.")
         super().__init__(mean, covariance_matrix, validate_args)
+        self._validate_args = validate_args  # gpytorch lets torch put it back to False
 
     @property
-    def _sigma(self) -> LowRankPlusDiagLinearOperator | InverseLowRankPlusDiagLinearOperator:
+    def _sigma(self) -> StructuredLinearOperator:
         covariance = self.lazy_covariance_matrix
-        assert isinstance(covariance, LowRankPlusDiagLinearOperator | InverseLowRankPlusDiagLinearOperator)
+        assert isinstance(covariance, StructuredLinearOperator)
         return covariance
 
-    def _num_free(self) -> Tensor:
+    def _num_free(self) -> Tensor | int:
         sigma = self._sigma
         base = sigma.base if isinstance(sigma, InverseLowRankPlusDiagLinearOperator) else sigma
-        return base._core.capacitance().num_free.expand(sigma.batch_shape)
+        if not isinstance(base, LowRankPlusDiagLinearOperator):
+            return int(self.loc.shape[-1])
+        num_free: Tensor = base._core.capacitance().num_free
+        return num_free.expand(sigma.batch_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         r"""Return the log-density of values ``(*S, *B, D)``, shape ``(*S, *B)`` [nat], float64.
@@ -81,13 +89,16 @@ class MultivariateNormal(gpytorch.distributions.MultivariateNormal):
         """
         if value.shape[-1] != self.loc.shape[-1]:
             raise ShapeError(f"value must be (..., {self.loc.shape[-1]}); got {tuple(value.shape)}.")
+        if self._validate_args:
+            self._validate_sample(value)
         sigma, loc = self._sigma, self.loc
-        core = torch.Size() if isinstance(sigma, InverseLowRankPlusDiagLinearOperator) else sigma._core.batch_shape
+        core = sigma._core.batch_shape if isinstance(sigma, LowRankPlusDiagLinearOperator) else sigma.batch_shape
         while loc.ndim > len(core) + 1 and loc.stride(0) == 0:  # an expanded mean is one mean
             loc = loc[0]
-        if isinstance(sigma, InverseLowRankPlusDiagLinearOperator) or loc.shape[:-1] != core:
-            difference = (value - self.loc).unsqueeze(-1)
-            quadratic, log_det = sigma.inv_quad_logdet(difference, logdet=True)
+        if not isinstance(sigma, LowRankPlusDiagLinearOperator) or loc.shape[:-1] != core:
+            fold = Fold((value - self.loc).unsqueeze(-1), self.batch_shape, sigma.batch_shape, value.shape[-1])
+            columns, log_det = sigma.inv_quad_logdet(fold.columns, logdet=True, reduce_inv_quad=False)
+            quadratic = fold.undo(columns.unsqueeze(-2)).squeeze(-1).squeeze(-1)
         else:  # the mean is subtracted chunk by chunk: no difference of the size of value is formed
             fold = Fold(value.unsqueeze(-1), self.batch_shape, core, value.shape[-1])
             columns, log_det = sigma._inv_quad_logdet(fold.columns, loc)
@@ -122,7 +133,11 @@ class MultivariateNormal(gpytorch.distributions.MultivariateNormal):
         if self.loc.shape[:-1] != self.batch_shape or sigma.batch_shape != self.batch_shape:
             return self.expand(self.batch_shape).rsample(shape, generator=generator)
         draws: Tensor
-        if self.loc.requires_grad and torch.is_grad_enabled():
+        if not hasattr(sigma, "sample"):
+            if generator is not None:
+                raise NotImplementedError(f"draws of a {type(sigma).__name__} take no generator.")
+            draws = sigma.zero_mean_mvn_samples(shape.numel()) + self.loc
+        elif self.loc.requires_grad and torch.is_grad_enabled():
             draws = sigma.sample(shape.numel(), generator) + self.loc
         else:
             draws = sigma.sample(shape.numel(), generator, mean=self.loc)
@@ -150,36 +165,37 @@ class MultivariateNormal(gpytorch.distributions.MultivariateNormal):
         """Return the distribution with batch shape ``batch_size``, as views."""
         batch = _as_size(batch_size)
         covariance = self._sigma._expand_batch(batch)
-        return type(self)(self.loc.expand(*batch, -1), covariance)
+        return type(self)(self.loc.expand(*batch, -1), covariance, self._validate_args)
 
     def __getitem__(self, idx: Any) -> gpytorch.distributions.MultivariateNormal:
-        """Return batch entries, or the marginal over coordinates chosen by a slice or LongTensor, structure kept.
+        """Return batch entries, or the marginal over coordinates chosen by a slice, mask or list, structure kept.
 
         One coordinate of one distribution is a distribution of one dimension; one coordinate of a batch is gpytorch's
         own: a vector with independent entries.
         """
-        idx = idx if isinstance(idx, tuple) else (idx,)
-        if any(part is Ellipsis for part in idx):
-            place = next(i for i, part in enumerate(idx) if part is Ellipsis)
-            fill = (slice(None),) * (self.loc.ndim - len(idx) + 1)
-            idx = idx[:place] + fill + idx[place + 1 :]
-        if len(idx) > self.loc.ndim:
-            raise IndexError(f"too many indices for a distribution of shape {tuple(self.loc.shape)}: {len(idx)}.")
-        sigma = self._sigma
-        if len(idx) < self.loc.ndim:
-            return type(self)(self.loc[idx], sigma[idx])
-        last = idx[-1]
-        if isinstance(sigma, InverseLowRankPlusDiagLinearOperator):
-            raise NotImplementedError("marginals of a Gaussian given by its precision are not implemented.")
-        if isinstance(last, int) and not self.batch_shape:
-            last = slice(range(self.loc.shape[-1])[last], range(self.loc.shape[-1])[last] + 1)
-        elif isinstance(last, int):
-            variance = DiagLinearOperator(self.variance[idx])
-            return gpytorch.distributions.MultivariateNormal(self.loc[idx], variance)
-        batch = idx[:-1]
-        sigma = sigma[batch] if batch else sigma
-        assert isinstance(sigma, LowRankPlusDiagLinearOperator)
-        return type(self)(self.loc[batch][..., last], sigma.select(last, last))
+        if self.loc.shape[:-1] != self.batch_shape or self._sigma.batch_shape != self.batch_shape:
+            return self.expand(self.batch_shape)[idx]
+        *batch, last = plain_index(idx, self.loc.shape, self.loc.device)
+        entry = all(isinstance(part, int) for part in batch)
+        if isinstance(last, int) and not entry:
+            places = (*batch, last)
+            variance = DiagLinearOperator(self.variance[places])
+            return gpytorch.distributions.MultivariateNormal(self.loc[places], variance)
+        if isinstance(last, Tensor) and any(isinstance(part, Tensor) for part in batch):
+            raise IndexError(
+                "a list of batch entries beside a list of coordinates chooses pairs, which have no joint distribution "
+                "here; index one after the other: p[entries][..., coordinates]."
+            )
+        last = slice(last, last + 1) if isinstance(last, int) else last
+        loc, sigma = self.loc, self._sigma
+        if any(not same_index(part, slice(None), n) for part, n in zip(batch, self.batch_shape, strict=True)):
+            loc, sigma = loc[tuple(batch)], sigma[tuple(batch)]
+        return type(self)(loc[..., last], sigma.select(last, last), self._validate_args)
+
+    def confidence_region(self) -> tuple[Tensor, Tensor]:
+        """Return mean minus and plus 2 standard deviations, each ``(*B, D)``."""
+        width = 2 * self.stddev
+        return self.mean - width, self.mean + width
 
 
 def _as_size(shape: Shape) -> torch.Size:
@@ -188,17 +204,10 @@ def _as_size(shape: Shape) -> torch.Size:
 
 
 @register_kl(MultivariateNormal, MultivariateNormal)  # type: ignore[untyped-decorator]
-def kl_multivariate_normal(p: MultivariateNormal, q: MultivariateNormal) -> Tensor:
-    """Return KL(p || q), shape ``(*B,)`` [nat], float64; see `kl.py` for the formula and its cost."""
-    if p.event_shape != q.event_shape:
-        raise ShapeError(f"KL needs equal dimensions; got {p.event_shape[0]} and {q.event_shape[0]}.")
-    sigma_p, sigma_q = p._sigma, q._sigma
-    if not isinstance(sigma_p, LowRankPlusDiagLinearOperator) or not isinstance(sigma_q, LowRankPlusDiagLinearOperator):
-        raise NotImplementedError("KL between Gaussians given by their precision is not implemented.")
-    batch = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
-    factors_p, factors_q = (s._expand_batch(batch).factors for s in (sigma_p, sigma_q))
-    means = p.loc.expand(*batch, -1), q.loc.expand(*batch, -1)
-    tensors = (*vars(factors_p).values(), *vars(factors_q).values(), *means)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return kl_differentiable(factors_p, factors_q, *means)
-    return kl_low_rank(factors_p, factors_q, *means)
+@register_kl(MultivariateNormal, gpytorch.distributions.MultivariateNormal)  # type: ignore[untyped-decorator]
+@register_kl(gpytorch.distributions.MultivariateNormal, MultivariateNormal)  # type: ignore[untyped-decorator]
+def kl_multivariate_normal(
+    p: gpytorch.distributions.MultivariateNormal, q: gpytorch.distributions.MultivariateNormal
+) -> Tensor:
+    """Return KL(p || q), shape ``(*B,)`` [nat], float64; see `divergences.py`. One of the two may be gpytorch's own."""
+    return kl_gaussians(p.lazy_covariance_matrix, q.lazy_covariance_matrix, p.loc, q.loc)

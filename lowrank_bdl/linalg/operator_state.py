@@ -216,3 +216,6 @@ def _compact(tensor: Tensor | None) -> Tensor | None:
 def _rebuild_expanded(core: LowRankPlusDiagState, batch_shape: torch.Size) -> LinearOperator:
     """Unpickle an operator that `expand` made."""
     return core._expand_batch(batch_shape)
+
+
+torch.serialization.add_safe_globals([_rebuild_expanded])

@@ -1,4 +1,4 @@
-r"""Sums of precision matrices that are inverses of low-rank-plus-diagonal matrices, exactly and without cancellation.
+r"""Sums and blocks of inverses of low-rank-plus-diagonal matrices, exactly and without cancellation.
 
 For :math:`\Sigma_i = D_i + U_i U_i^\top` the sum of the inverses is the inverse of
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowrank_bdl.errors import NotPSDError
 from lowrank_bdl.linalg.capacitance import checked_cholesky
+from lowrank_bdl.linalg.indices import Index
 from lowrank_bdl.linalg.operator_structure import LowRankPlusDiagStructure, block_diagonal
 
 LOST = 1e-6
@@ -68,6 +69,30 @@ def add_precisions(p: LowRankPlusDiagStructure, q: LowRankPlusDiagStructure) -> 
     mix = _whitened((p, q), mixes, weight)
     rows = torch.cat((_scaled_rows(p, q.diag * weight), _scaled_rows(q, p.diag * weight)), dim=-2)
     return type(p)(rows.mT, p.diag * q.diag * weight, mix)
+
+
+def precision_block(sigma: LowRankPlusDiagStructure, index: Index) -> LowRankPlusDiagStructure:
+    r"""Return the matrix whose inverse is the block of :math:`\Sigma^{-1}` at these rows and columns.
+
+    With i the coordinates chosen and r the rest it is the Schur complement
+    :math:`D_i + U_i (I + U_r^\top D_r^{-1} U_r)^{-1} U_i^\top`: low-rank plus diagonal, and nothing is subtracted.
+
+    Args:
+        sigma: :math:`\Sigma`, shape ``(*B, D, D)``.
+        index: A slice, or distinct coordinates as a LongTensor.
+
+    Raises:
+        NotPSDError: If float64 would lose the result.
+
+    Cost: a read of the root, O(D K^2) time, and the chosen rows of the root.
+    """
+    positive = sigma.diag > 0
+    weight = torch.where(positive, 1 / torch.where(positive, sigma.diag, 1.0), 0.0)
+    weight[..., index] = 0
+    mix = _whitened((sigma,), (sigma._mix_matrix(),), weight)
+    chosen = sigma.select(index, index)
+    assert isinstance(chosen, LowRankPlusDiagStructure)
+    return chosen._derived(chosen.root, chosen.diag, mix, chosen.root_scale)
 
 
 def _scaled_rows(sigma: LowRankPlusDiagStructure, factor: Tensor) -> Tensor:

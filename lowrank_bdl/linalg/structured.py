@@ -160,6 +160,9 @@ class ScaledLinearOperator(_OfParts):
     def _size(self) -> torch.Size:
         return torch.Size(self.base.shape)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.base, self.constant)
+
     def _factor(self, axes: int) -> Tensor:
         constant = self.constant.to(self.dtype)
         return constant.view(*constant.shape, *(1,) * axes) if constant.ndim else constant
@@ -280,6 +283,9 @@ class SumOfLinearOperators(_OfParts):
         flat = [term if term.shape == shape else term._expand_batch(shape[:-2]) for term in flat]
         super().__init__(*flat)
         self.terms: tuple[LinearOperator, ...] = tuple(flat)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self.terms
 
     def _size(self) -> torch.Size:
         return torch.Size(self.terms[0].shape)
@@ -418,3 +424,6 @@ class LinearOperatorBlock(_OfParts):
         if len(self.rows) < len(self.columns):
             return self._transpose_nonbatch().to_dense().mT
         return super().to_dense()
+
+
+torch.serialization.add_safe_globals([ScaledLinearOperator, SumOfLinearOperators])

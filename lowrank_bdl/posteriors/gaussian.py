@@ -5,11 +5,13 @@ from collections.abc import Mapping, Sequence
 from functools import singledispatch
 from typing import Any
 
+import gpytorch
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
+from lowrank_bdl.linalg.divergences import kl_gaussians
 from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.moments import first_unusable
 from lowrank_bdl.linalg.multivariate_normal import MultivariateNormal
@@ -331,8 +333,9 @@ def kl_divergence(p: Any, q: Any) -> Tensor:
     """Return KL(p || q) exactly, a float64 scalar [nat].
 
     Args:
-        p: A Gaussian posterior, or one of independent Gaussian blocks.
-        q: Another of the same class over the same parameters; blocks must have the same sizes.
+        p: A Gaussian posterior, one of independent Gaussian blocks, or a MultivariateNormal, this library's or
+            gpytorch's.
+        q: Another of the same kind over the same parameters; blocks must have the same sizes.
 
     Raises:
         ShapeError: If the two are over different parameters; names the first that differs.
@@ -341,7 +344,7 @@ def kl_divergence(p: Any, q: Any) -> Tensor:
     Cost: O(D (K_p + K_q)²) for Gaussians; the sum over its blocks for a :class:`BlockPosterior`.
     """
     raise TypeError(
-        "a KL divergence in closed form needs two GaussianPosteriors or two BlockPosteriors; "
+        "a KL divergence in closed form needs two GaussianPosteriors, BlockPosteriors or MultivariateNormals; "
         f"got {type(p).__name__} and {type(q).__name__}."
     )
 
@@ -353,6 +356,13 @@ def _gaussian_kl(p: GaussianPosterior, q: Any) -> Tensor:
     check_same_parameters(p, q)
     result: Tensor = torch.distributions.kl_divergence(p.distribution, q.distribution)
     return result
+
+
+@kl_divergence.register
+def _distribution_kl(p: gpytorch.distributions.MultivariateNormal, q: Any) -> Tensor:
+    if not isinstance(q, gpytorch.distributions.MultivariateNormal):
+        return _refuse_kl(p, q)
+    return kl_gaussians(p.lazy_covariance_matrix, q.lazy_covariance_matrix, p.loc, q.loc)
 
 
 _refuse_kl = kl_divergence.dispatch(object)

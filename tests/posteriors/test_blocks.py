@@ -167,7 +167,7 @@ def test_kl_is_that_of_the_dense_block_diagonal_gaussians():
         kl_divergence(p, swag_posterior()[0])
     with pytest.raises(TypeError, match="got GaussianPosterior and BlockPosterior"):
         kl_divergence(swag_posterior()[0], p)
-    with pytest.raises(TypeError, match="needs two GaussianPosteriors or two BlockPosteriors; got int and"):
+    with pytest.raises(TypeError, match="needs two GaussianPosteriors, BlockPosteriors or Multi.*; got int and"):
         kl_divergence(1, p)
     joint = swag_posterior()[0]
     with pytest.raises(ShapeError, match=r"blocks of the same sizes; got \[6, 3, 3, 1\] and \[9, 4\]"):
