@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_bdl as lb
+from lowrank_bdl.training.langevin import SGHMC, SGLD
+from lowrank_bdl.training.quantization import block_floating_point
 from lowrank_bdl.training.trainer import Trainer
 
 Call = Callable[[], Any]
@@ -729,3 +731,29 @@ def trainer(device: torch.device) -> Call:
 def _loss(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     output = model(x)
     return cross_entropy(output, y), output
+
+
+@operation(syncs=None)
+def noisy_optimisers(device: torch.device) -> Call:
+    values = normal(device, 6, 8)
+
+    def call() -> Any:
+        theta = nn.Parameter(values.clone())
+        chains = [
+            SGLD([theta], lr=0.1, num_data=5, generator=generator(device)),
+            SGHMC([theta], lr=0.1, num_data=5, generator=generator(device)),
+        ]
+        for chain in chains:
+            chain.zero_grad()
+            theta.square().sum().backward()
+            chain.step()
+        rounded = block_floating_point(values, 4, block_dim=0, rounding="stochastic", generator=generator(device))
+        return theta.detach(), rounded
+
+    return call
+
+
+@operation(syncs=None)
+def noisy_logits(device: torch.device) -> Call:
+    likelihood, outputs = lb.NoisyLogitsLikelihood(5, generator(device)), normal(device, 7, 2, 3)
+    return lambda: likelihood(outputs).probs

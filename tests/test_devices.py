@@ -14,6 +14,7 @@ from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.linalg import moments
 from lowrank_bdl.training.collection import Collection
 from lowrank_bdl.training.trainer import Trainer
+from tests import public_operations
 from tests.fake_device import FakeDevice, on_cpu
 from tests.public_operations import (
     OPERATIONS,
@@ -193,3 +194,18 @@ def test_targets_out_of_range_are_refused_on_a_device_too() -> None:
             with pytest.raises(ShapeError, match=r"Class indices must be in \[0, number of classes\)"):
                 wrong(torch.zeros(2, device=device))
         assert torch.isfinite(target(torch.zeros(2, device=device))).item()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=lambda operation: operation.name)
+def test_a_generator_of_the_cpu_seeds_draws_on_a_device(operation: Operation, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def of_the_cpu(device: torch.device) -> torch.Generator:
+        made.append(torch.Generator().manual_seed(4))
+        return made[-1]
+
+    monkeypatch.setattr(public_operations, "generator", of_the_cpu)
+    with FakeDevice("cuda"):
+        found = [operation.make(torch.device("cuda"))() for _ in range(2)]
+    if made:
+        assert_same(found[0], found[1])

@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.linalg.devices import generator_on
 from lowrank_bdl.linalg.expanded import UnbatchedLinearOperator
 
 RADIX = 16
@@ -120,7 +121,7 @@ class RandomizedHadamardLinearOperator(UnbatchedLinearOperator):
             dim: D >= 1.
             rank: k, at least 1 and at most D.
             dtype: Of the operator.
-            device: Where it lives; the generator must be there too.
+            device: Where it lives.
             generator: Source of the randomness; None means torch's default generator.
 
         Raises:
@@ -129,6 +130,7 @@ class RandomizedHadamardLinearOperator(UnbatchedLinearOperator):
         if not 1 <= rank <= dim:
             raise ShapeError(f"rank must be between 1 and D = {dim}; got {rank}.")
         n = 1 << (dim - 1).bit_length()
+        generator = generator_on(torch.empty(0, device=device).device, generator)
         inner, outer, last = (
             torch.randint(2, (size,), dtype=torch.int8, device=device, generator=generator).mul_(2).sub_(1)
             for size in (n, dim, rank)

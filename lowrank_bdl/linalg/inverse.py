@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from lowrank_bdl.errors import NotPSDError, ShapeError
+from lowrank_bdl.linalg.devices import generator_on
 from lowrank_bdl.linalg.factors import inverse_std
 from lowrank_bdl.linalg.indices import Index, all_distinct, positions, same_index
 from lowrank_bdl.linalg.operator_state import LowRankPlusDiagState
@@ -196,6 +197,7 @@ class InverseLowRankPlusDiagLinearOperator(StructuredLinearOperator):
         core, batch = self.base._core, self.batch_shape
         extra = batch[: len(batch) - len(core.batch_shape)]
         shape = (n * extra.numel(), *core.diag.shape)
+        generator = generator_on(core.device, generator)
         result = torch.empty(shape, dtype=core.dtype, device=core.device).normal_(generator=generator)
         apply_root_(core, result.movedim(0, -1), inverse=True, transposed=False)
         result = result.view(n, *batch, self.shape[-1])

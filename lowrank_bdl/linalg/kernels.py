@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lowrank_bdl.linalg import compiled
+from lowrank_bdl.linalg.devices import generator_on
 from lowrank_bdl.linalg.factors import LowRankFactors, only_column, project
 
 
@@ -86,6 +87,7 @@ def draw(
     Cost: one read of the root and S D normals.
     """
     dtype, device, batch = factors.diag.dtype, factors.diag.device, factors.batch_shape
+    generator = generator_on(device, generator)
     low_rank = torch.randn((*batch, num_samples, factors.rank), dtype=dtype, device=device, generator=generator)
     inner = factors.mix_forward(low_rank.mT.double()).to(dtype)  # (*B, K, S)
     if _fusable(factors):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lowrank_bdl.errors import NonFiniteError, NotPSDError, ShapeError
 from lowrank_bdl.linalg.columns import Fold
+from lowrank_bdl.linalg.devices import generator_on
 from lowrank_bdl.linalg.exact import DENSE_LIMIT_GIB, check_dense_size
 from lowrank_bdl.linalg.expanded import UnbatchedLinearOperator
 from lowrank_bdl.linalg.memory import require_memory
@@ -322,6 +323,7 @@ class KroneckerSpectralLinearOperator(UnbatchedLinearOperator):
         if n < 0:
             raise ValueError(f"the number of draws must be >= 0; got {n}.")
         shape = self.eigenvalues.shape
+        generator = generator_on(self.device, generator)
         draws = torch.empty((n, self.shape[-1]), dtype=self.dtype, device=self.device).normal_(generator=generator)
         left, right = self.left_vectors.to(self.dtype), self.right_vectors.to(self.dtype)
         deviations = self.eigenvalues.sqrt().to(self.dtype)

@@ -110,7 +110,7 @@ def lanczos(
         block_size: Vectors multiplied at once. 1 needs the fewest products; more find multiple eigenvalues, and may be
             faster where an operator shares work among vectors.
         start: Start vector ``(D,)``, not zero, or ``(D, s)`` with s <= block_size; random ones fill the block.
-        generator: Source of start vectors and fresh directions, on the operator's device; None seeds one from torch's.
+        generator: Source of start vectors and fresh directions; None seeds one from torch's.
         confirm: When the pairs have converged, look again from a random vector orthogonal to all of them, until nothing
             new comes: this finds further copies of multiple eigenvalues, and what a poor start vector does not meet.
         verify: Measure every residual in the end by a product of its own, k in all; None does so where the basis has a

@@ -10,6 +10,7 @@ from torch import Tensor
 from lowrank_bdl.linalg import kernels
 from lowrank_bdl.linalg.capacitance import Capacitance, Projection
 from lowrank_bdl.linalg.columns import Fold
+from lowrank_bdl.linalg.devices import generator_on
 from lowrank_bdl.linalg.exact import DENSE_LIMIT_GIB, check_dense_size
 from lowrank_bdl.linalg.factors import only_column, project
 from lowrank_bdl.linalg.functions import DiagonalFunction, InvQuadLogdetFunction, MatmulFunction, SolveFunction
@@ -206,7 +207,7 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
         """Draw as `kernels.draw` does, from the same stream, through plain differentiable operations."""
         _ = self.factors
         shape = (n, *self.batch_shape, self.shape[-1])
-        root = self._mixed_root()
+        root, generator = self._mixed_root(), generator_on(self.device, generator)
         low_rank = torch.randn(
             (*self.batch_shape, n, self.rank), dtype=self.dtype, device=self.device, generator=generator
         )

@@ -9,6 +9,7 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
+from lowrank_bdl.linalg.devices import generator_on
 from lowrank_bdl.linalg.memory import require_memory
 
 Matrix: TypeAlias = LinearOperator | Tensor | Callable[[Tensor], Tensor]
@@ -122,7 +123,7 @@ class ProbedMatrix:
         """Return rows of random signs, shape ``(count, D)``: each row is drawn for itself, whatever ``count`` is."""
         rows = torch.empty(count, self.size, dtype=self.work_dtype, device=self.device)
         for row in rows:
-            row.bernoulli_(0.5, generator=generator)
+            row.bernoulli_(0.5, generator=generator_on(self.device, generator))
         return rows.mul_(2).sub_(1)
 
     def blocks(self, count: int, vectors: int, purpose: str) -> Iterator[int]:

@@ -10,6 +10,7 @@ from torch.distributions import Categorical, Distribution
 from torch.nn.functional import softplus
 
 from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.linalg.devices import generator_on
 
 
 def noisy_log_probs(outputs: Tensor, num_draws: int, generator: torch.Generator | None = None) -> Tensor:
@@ -25,7 +26,7 @@ def noisy_log_probs(outputs: Tensor, num_draws: int, generator: torch.Generator 
     Args:
         outputs: μ and r of every logit, ``(N, 2, C, *positions)``.
         num_draws: T >= 1.
-        generator: Source of the noise, on the outputs' device; None takes torch's global generator.
+        generator: Source of the noise, on any device; None takes torch's global generator.
 
     Returns:
         Log-probabilities ``(N, C, *positions)``, differentiable, float32 at least.
@@ -52,6 +53,7 @@ def noisy_log_probs(outputs: Tensor, num_draws: int, generator: torch.Generator 
             f"got {outputs.dtype} of shape {tuple(outputs.shape)}."
         )
     mean, raw = outputs.to(torch.promote_types(outputs.dtype, torch.float32)).unbind(1)
+    generator = generator_on(mean.device, generator)
     noise = torch.randn((num_draws, *mean.shape), dtype=mean.dtype, device=mean.device, generator=generator)
     log_probs: Tensor = (mean + softplus(raw) * noise).log_softmax(2).logsumexp(0) - math.log(num_draws)
     return log_probs
@@ -63,7 +65,7 @@ class NoisyLogitsLikelihood:
 
     Attributes:
         num_draws: T >= 1, draws of the noise.
-        generator: Their source, on the network's device; None takes torch's global generator.
+        generator: Their source, on any device; None takes torch's global generator.
 
     Example:
         >>> rule = NoisyLogitsLikelihood(2000, torch.Generator().manual_seed(0))

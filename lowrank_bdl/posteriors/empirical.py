@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
+from lowrank_bdl.linalg.devices import generator_on
 from lowrank_bdl.linalg.moments import column_chunks, first_unusable
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
@@ -133,6 +134,7 @@ class EmpiricalPosterior(StoredPosterior, kind="empirical posterior"):
             Shape ``(n, D)`` or ``(*S, D)``.
         """
         shape = sample_size(n)
+        generator = generator_on(self.thetas.device, generator)
         return self.thetas[torch.randint(self.num_members, shape, generator=generator, device=self.thetas.device)]
 
     # ---- moments ------------------------------------------------------------------------------------------------

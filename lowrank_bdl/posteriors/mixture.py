@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.linalg.devices import generator_on
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
 from lowrank_bdl.posteriors.gaussian import sample_size
@@ -123,6 +124,7 @@ class MixturePosterior(StoredPosterior, kind="mixture posterior"):
         like = self.components[0].mean
         result = like.new_empty((number, like.numel()))
         if number:
+            generator = generator_on(self.weights.device, generator)
             chosen = torch.multinomial(self.weights, number, replacement=True, generator=generator)
             for index, count in enumerate(torch.bincount(chosen, minlength=len(self.components)).tolist()):
                 if count:

@@ -374,7 +374,8 @@ class SWAG(nn.Module):
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             if tensor.dtype is torch.int64:  # counters and digest stay on the CPU: nobody waits to read them
-                return tensor
+                moved = fn(tensor)
+                return moved if moved.device.type in ("cpu", "meta") else moved.to("cpu")
             probe = fn(tensor.new_empty(0))  # asks what fn does without converting K x D numbers
             return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lowrank_bdl.errors import NotConvergedError, ShapeError
+from lowrank_bdl.linalg.devices import generator_on
 from lowrank_bdl.linalg.hadamard import RandomizedHadamardLinearOperator
 from lowrank_bdl.linalg.lanczos import Eigenpairs
 from lowrank_bdl.linalg.memory import require_memory
@@ -35,7 +36,7 @@ def random_subspace(
         structured: Make the directions of Hadamard matrices and random signs, so that D + n < 3 D bytes are stored and
             a product takes O(D log D) time; see :class:`RandomizedHadamardLinearOperator`, whose entries have the same
             mean and covariance.
-        generator: Source of the randomness, on the device of the origin; None means torch's default generator.
+        generator: Source of the randomness, on any device; None means torch's default generator.
 
     Raises:
         ShapeError: If ``rank`` is out of range, or layout and origin do not agree.
@@ -60,6 +61,7 @@ def random_subspace(
         )
     else:
         require_memory(rank * dim * dtype.itemsize, origin.device, f"a basis of {rank} x {dim:,} numbers")
+        generator = generator_on(origin.device, generator)
         basis = torch.randn(rank, dim, dtype=dtype, device=origin.device, generator=generator).mT
     provenance = {"construction": "random", "rank": rank, "structured": structured, "length": length}
     space = Subspace(layout, origin, basis, provenance, check_finite=False)

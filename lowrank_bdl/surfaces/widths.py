@@ -12,6 +12,7 @@ from lowrank_bdl.curvature.data import Data
 from lowrank_bdl.curvature.loss_gradients import LossFn
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.linalg.dense_basis import DenseBasis
+from lowrank_bdl.linalg.devices import generator_on
 from lowrank_bdl.linalg.principal_components import low_rank_components
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.posteriors.gaussian import GaussianPosterior
@@ -382,6 +383,7 @@ def random_orthogonal_directions(span: Span, num: int, generator: "torch.Generat
         raise ShapeError(
             f"there are {dim} dimensions, {rank} of them spanned; expected 1 to {dim - rank} directions; got {num}."
         )
+    generator = generator_on(basis.device, generator)
     rows = torch.randn(num, dim, dtype=dtype, device=basis.device, generator=generator)
     kernel = DenseBasis(basis)
     scale = kernel.gram().diagonal().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()

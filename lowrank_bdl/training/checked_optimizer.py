@@ -27,7 +27,7 @@ class CheckedOptimizer(Optimizer):
     Args:
         params: Parameters, or groups of them with values of their own.
         defaults: Settings of groups that do not say otherwise, ``weight_decay`` among them.
-        generator: Source of what is random, on the parameters' device; None takes torch's default generator.
+        generator: Source of what is random, on any device; None takes torch's default generator.
 
     Attributes:
         generator: As given.

@@ -103,7 +103,7 @@ class AleatoricCrossEntropy:
         num_draws: T >= 1; the published number is 50.
         ignore_index: Target of positions without a label.
         weight: One number > 0 a class, ``(C,)``; None weighs all alike.
-        generator: Source of the noise, on the network's device; None takes torch's global generator, which the
+        generator: Source of the noise, on any device; None takes torch's global generator, which the
             trainer's checkpoints hold.
 
     Raises:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lowrank_bdl.linalg.devices import generator_on
 from lowrank_bdl.training.checked_optimizer import SGD_BOUNDS, Bound, CheckedOptimizer
 
 
@@ -32,7 +33,7 @@ class _Langevin(CheckedOptimizer):
         """Add normals of variance 2 · friction · lr · T / N."""
         variance = 2 * friction * float(group["lr"]) * group["temperature"] / group["num_data"]
         if variance:
-            noise = torch.empty_like(target).normal_(generator=self.generator)
+            noise = torch.empty_like(target).normal_(generator=generator_on(target.device, self.generator))
             target.add_(noise, alpha=math.sqrt(variance))
 
 
@@ -51,7 +52,7 @@ class SGLD(_Langevin):
         num_data: N >= 1, the number of training examples behind the mean loss.
         temperature: T >= 0; 1 is the posterior, 0 plain gradient descent, N a chain without the factor 1 / N.
         weight_decay: λ >= 0, the precision of the Gaussian prior over N.
-        generator: Source of the noise, on the parameters' device; None takes torch's default generator, whose state a
+        generator: Source of the noise, on any device; None takes torch's default generator, whose state a
             :class:`~lowrank_bdl.training.trainer.Trainer` keeps in its checkpoints.
 
     Raises:

@@ -53,7 +53,7 @@ class LowPrecisionSGD(CheckedOptimizer):
         blocks: ``"tensor"``: an exponent for each tensor; ``"channel"``: one for each slice along a weight's first
             axis.
         rounding: ``"stochastic"`` or ``"nearest"``.
-        generator: Source of the rounding, on the parameters' device; None takes torch's default generator, whose state
+        generator: Source of the rounding, on any device; None takes torch's default generator, whose state
             a :class:`~lowrank_bdl.training.trainer.Trainer` keeps in its checkpoints.
 
     Raises:
@@ -158,7 +158,7 @@ def low_precision_activations(
         model: Not changed, but for hooks while the block lasts.
         bits: Of a number, from 2 to 24.
         rounding: ``"stochastic"`` or ``"nearest"``.
-        generator: Source of the rounding, on the model's device; None takes torch's default generator.
+        generator: Source of the rounding, on any device; None takes torch's default generator.
 
     Yields:
         Nothing.

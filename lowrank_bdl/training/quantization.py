@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
+from lowrank_bdl.linalg.devices import generator_on
 
 Rounding: TypeAlias = Literal["stochastic", "nearest"]
 
@@ -53,7 +54,7 @@ def block_floating_point(
         block_dim: The axis each of whose slices has an exponent of its own (0: a filter of a convolution, "small
             blocks"); None: one exponent for the tensor ("big block").
         rounding: ``"stochastic"`` or ``"nearest"``.
-        generator: Source of u, on the tensor's device; None takes torch's default generator.
+        generator: Source of u, on any device; None takes torch's default generator.
 
     Returns:
         A new tensor like ``values``; a block of zeros stays zero.
@@ -94,6 +95,7 @@ def block_floating_point(
     # Two factors: 2^(W - 2 - E) alone overflows where the largest value is near the smallest of its type.
     scaled = torch.ldexp(torch.ldexp(values.to(wide), -exponent), torch.full_like(exponent, bits - 2))
     if rounding == "stochastic":
+        generator = generator_on(scaled.device, generator)
         scaled = scaled.add_(torch.rand(scaled.shape, dtype=wide, device=scaled.device, generator=generator))
     else:
         scaled = scaled.add_(0.5)

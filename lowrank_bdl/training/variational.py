@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from lowrank_bdl.linalg.devices import generator_on
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
 from lowrank_bdl.parameters.substitution import Substitution
@@ -29,7 +30,7 @@ class MeanFieldModel(nn.Module):
         init_std: Where every σ starts, > 0 [parameter].
         include: Parameters with a variance, as in :meth:`ParameterLayout.from_module`; None takes all trainable ones.
         exclude: What to leave out of these.
-        generator: Source of the draws, on the parameters' device; its state is the caller's to keep. None takes torch's
+        generator: Source of the draws, on any device; its state is the caller's to keep. None takes torch's
             default generator, whose state a :class:`~lowrank_bdl.training.trainer.Trainer` keeps in its checkpoints.
 
     Attributes:
@@ -96,7 +97,8 @@ class MeanFieldModel(nn.Module):
         """
         drawn = {}
         for name, mean, std in self._named():
-            noise = torch.empty_like(mean, requires_grad=False).normal_(generator=self.generator)
+            generator = generator_on(mean.device, self.generator)
+            noise = torch.empty_like(mean, requires_grad=False).normal_(generator=generator)
             drawn[name] = torch.addcmul(mean, std, noise)
         return drawn
 
