@@ -214,9 +214,10 @@ def predict(bench: Bench, cell: Cell) -> lb.Predictive:
     """Predict the images with one cell, every sample's probabilities kept."""
     weights, layout = bench.weights(cell)
     options = bench.options
-    model, loader, fraction = bench.run.model, bench.bn_loader if bench.normalized else None, 1.0
+    model, fraction = bench.run.model, 1.0
+    loader: Any = bench.bn_loader if bench.normalized else None
     if loader is not None and cell.bn_batches == OF_SWA:
-        model, loader = bench.at_swa, None
+        model, loader = bench.at_swa, "stored"
     elif loader is not None and cell.bn_batches is not None:
         fraction = (cell.bn_batches - 0.5) / len(loader)  # rounded up
     return lb.predict(

@@ -193,7 +193,7 @@ def predictions(
         weights,
         study.held_out.batches(settings.eval_batch_size),
         num_samples=settings.num_samples,
-        bn_loader=study.bn_batches() if bn else None,
+        bn_loader=study.bn_batches() if bn else "stored",
         dropout=dropout,
         likelihood=likelihood,
         # a pixel without a label is given one, and left out of what is measured

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.parameters.functional import CallFn, FunctionalModel, StatelessModel, evaluation_mode
 from lowrank_bdl.parameters.layout import ParameterLayout
-from lowrank_bdl.parameters.wrappers import named_buffers, plain_names, uncompiled
+from lowrank_bdl.parameters.norm_layers import LayerSelector, tracking_layers, warn_of_other_layers
+from lowrank_bdl.parameters.wrappers import named_buffers, uncompiled
 
 
 class _LayerStatistics:
@@ -105,15 +106,6 @@ def _observed(layers: Iterable[_LayerStatistics], current: list[int]) -> Iterato
             module.training = training
 
 
-def _tracking_layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    plain = plain_names(model)
-    return {
-        plain(name): module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
-    }
-
-
 def _require_fraction(fraction: float) -> None:
     if not 0 < fraction <= 1:
         raise ValueError(f"The fraction of batches must be in (0, 1]; got {fraction}.")
@@ -142,10 +134,11 @@ def _pooled(
     num_samples: int,
     loader: Iterable[Any],
     fraction: float,
+    exclude: "LayerSelector | None",
     progress: bool,
 ) -> dict[str, Tensor]:
     limit = _number_of_batches(loader, fraction)
-    layers = [_LayerStatistics(name, bn, num_samples) for name, bn in _tracking_layers(network.model).items()]
+    layers = [_LayerStatistics(name, bn, num_samples) for name, bn in tracking_layers(network.model, exclude).items()]
     current = [0]
     num_batches = 0
     with evaluation_mode(network.model), _observed(layers, current), uncompiled(network.model):
@@ -179,6 +172,7 @@ def recalibrate_batch_norm(
     layout: ParameterLayout | None = None,
     call_fn: CallFn | None = None,
     fraction: float = 1.0,
+    bn_exclude: "LayerSelector | None" = None,
     progress: bool = False,
 ) -> dict[str, Tensor]:
     r"""Compute the batch-norm statistics of S sets of weights in one pass over the data.
@@ -201,6 +195,8 @@ def recalibrate_batch_norm(
         layout: What θ holds; None takes every trainable parameter.
         call_fn: ``call_fn(model, batch)`` runs the model; None calls ``model(x)``.
         fraction: In (0, 1]: stop after the first ceil(fraction · length) of the loader's batches.
+        bn_exclude: Layers that keep their statistics and normalise by them, such as those of a frozen backbone: a
+            pattern for their names (``"backbone"``), several, or ``predicate(name, layer)``.
         progress: Show a progress bar.
 
     Returns:
@@ -208,10 +204,14 @@ def recalibrate_batch_norm(
         ``num_batches_tracked`` (the number of calls). Empty, the loader unread, if the model has no such layer.
 
     Raises:
-        ShapeError: If the loader is empty, ``thetas`` does not fit the layout, or a batch has one value per channel.
+        ShapeError: If the loader is empty, ``thetas`` does not fit the layout, a batch has one value per channel, or a
+            pattern of ``bn_exclude`` matches no layer.
         NonFiniteError: If a statistic is NaN or infinite; names the layer and the sample.
         ValueError: If the fraction is outside (0, 1].
         TypeError: If the fraction is below 1 and the loader does not know its length.
+
+    Warns:
+        UserWarning: Names layers with running statistics that are none of torch's batch norms: these stay as they are.
 
     Cost: S forward passes over the loader, or its fraction, read once; memory of one forward pass plus 16 bytes per
     channel and sample.
@@ -227,14 +227,16 @@ def recalibrate_batch_norm(
         [5.0, 15.0]
     """
     _require_fraction(fraction)
-    if not _tracking_layers(model):
+    warn_of_other_layers(model, bn_exclude)
+    if not tracking_layers(model, bn_exclude):
         return {}
     network = FunctionalModel(model, layout, call_fn)
     if isinstance(thetas, Tensor) and (thetas.ndim != 2 or thetas.shape[1] != network.layout.numel):
         raise ShapeError(f"thetas must have shape (S, {network.layout.numel}); got {tuple(thetas.shape)}.")
     if len(thetas) == 0:
         raise ShapeError("thetas must hold at least one set of weights; got none.")
-    return _pooled(network.stateless, _NamedWeights(network, thetas), len(thetas), loader, fraction, progress)
+    weights = _NamedWeights(network, thetas)
+    return _pooled(network.stateless, weights, len(thetas), loader, fraction, bn_exclude, progress)
 
 
 def recalibrate_batch_norm_(
@@ -243,6 +245,7 @@ def recalibrate_batch_norm_(
     *,
     call_fn: CallFn | None = None,
     fraction: float = 1.0,
+    bn_exclude: "LayerSelector | None" = None,
     progress: bool = False,
 ) -> None:
     """Replace the batch-norm statistics of a model by those of its present weights, in place.
@@ -256,6 +259,8 @@ def recalibrate_batch_norm_(
         loader: Batches; without labels, or ``(x, y)``.
         call_fn: ``call_fn(model, batch)`` runs the model; None calls ``model(x)``.
         fraction: In (0, 1]: stop after the first ceil(fraction · length) of the loader's batches.
+        bn_exclude: Layers that keep their statistics and normalise by them, such as those of a frozen backbone: a
+            pattern for their names (``"backbone"``), several, or ``predicate(name, layer)``.
         progress: Show a progress bar.
 
     Raises:
@@ -263,6 +268,9 @@ def recalibrate_batch_norm_(
         NonFiniteError: If a statistic is NaN or infinite.
         ValueError: If the fraction is outside (0, 1].
         TypeError: If the fraction is below 1 and the loader does not know its length.
+
+    Warns:
+        UserWarning: Names layers with running statistics that are none of torch's batch norms: these stay as they are.
 
     Cost: one forward pass over the loader.
 
@@ -273,9 +281,10 @@ def recalibrate_batch_norm_(
         (5.0, 15.0, 0.5)
     """
     _require_fraction(fraction)
-    if not _tracking_layers(model):
+    warn_of_other_layers(model, bn_exclude)
+    if not tracking_layers(model, bn_exclude):
         return
-    found = _pooled(StatelessModel(model, call_fn), [{}], 1, loader, fraction, progress)
+    found = _pooled(StatelessModel(model, call_fn), [{}], 1, loader, fraction, bn_exclude, progress)
     own = named_buffers(model)
     with torch.no_grad():
         for name, value in found.items():

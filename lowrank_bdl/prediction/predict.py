@@ -13,6 +13,7 @@ from lowrank_bdl.parameters.batch_norm import recalibrate_batch_norm
 from lowrank_bdl.parameters.functional import CallFn, FunctionalModel, evaluation_mode, to_device
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.likelihoods import Likelihood, resolve_likelihood
+from lowrank_bdl.parameters.norm_layers import LayerSelector, warn_of_stored_statistics
 from lowrank_bdl.parameters.sampled_network import SampledNetwork
 from lowrank_bdl.prediction.averaging import BatchAverage, join
 from lowrank_bdl.prediction.draws import SamplesWeights, require_samples, weight_vectors
@@ -51,8 +52,9 @@ def predict(
     loader: Iterable[Any],
     num_samples: int = 30,
     *,
-    bn_loader: Iterable[Any] | None = None,
+    bn_loader: "Iterable[Any] | Literal['stored'] | None" = None,
     bn_fraction: float = 1.0,
+    bn_exclude: "LayerSelector | None" = None,
     dropout: bool = False,
     vectorize: "bool | Literal['auto']" = "auto",
     chunk_size: int | None = None,
@@ -73,7 +75,8 @@ def predict(
 
     A batch-normalised network needs statistics for each sample: give the training data as ``bn_loader``, which is
     read once for all samples (see :func:`~lowrank_bdl.parameters.batch_norm.recalibrate_batch_norm`). Without it the
-    model's stored statistics are used, whatever the weights.
+    model's stored statistics are used, with a warning where they are of other weights; ``bn_loader="stored"`` does so
+    on purpose.
 
     Each draw comes from a generator of its own, seeded from ``generator``. Draws that do not fit into ``max_bytes`` are
     made anew for every batch, with the same result to the last bit.
@@ -90,8 +93,11 @@ def predict(
             ``(D,)`` or ``(S, D)``, to average over: ``num_samples`` is not used, but for ``(D,)`` with dropout.
         loader: Batches ``(x, y)`` or ``x``, or whatever ``call_fn`` takes; tensors are moved to the model's device.
         num_samples: S, the number of draws.
-        bn_loader: Batches for the batch-norm statistics: training data, augmented as it was in training.
+        bn_loader: Batches for the batch-norm statistics: training data, augmented as it was in training. Or
+            ``"stored"``: those that the model has.
         bn_fraction: Fraction of ``bn_loader`` to use, in (0, 1]; below 1 its first batches only.
+        bn_exclude: Batch norms that keep the model's statistics, such as those of a frozen backbone: a pattern for
+            their names (``"backbone"``), several, or ``predicate(name, layer)``.
         dropout: Keep torch's dropout layers random; see above. Off while batch-norm statistics are computed.
         vectorize: ``True`` evaluates several weight vectors at once by ``torch.vmap`` (the same numbers up to
             rounding); ``"auto"`` does so where it was measured to be faster: small networks of linear layers on a CPU,
@@ -122,6 +128,9 @@ def predict(
         TypeError: If ``posterior`` neither draws weights nor is a tensor, or ``bn_loader`` has no length to take a
             fraction of.
 
+    Warns:
+        UserWarning: Once a call, if batch norms use statistics that were not computed for the weights.
+
     Cost: S forward passes over the loader, S over ``bn_loader``; memory of one forward pass, the kept draws and
     O(N (C + S)).
 
@@ -147,8 +156,9 @@ def predict_batches(
     loader: Iterable[Any],
     num_samples: int = 30,
     *,
-    bn_loader: Iterable[Any] | None = None,
+    bn_loader: "Iterable[Any] | Literal['stored'] | None" = None,
     bn_fraction: float = 1.0,
+    bn_exclude: "LayerSelector | None" = None,
     dropout: bool = False,
     vectorize: "bool | Literal['auto']" = "auto",
     chunk_size: int | None = None,
@@ -203,9 +213,20 @@ def predict_batches(
         chunk_size=chunk_size,
         plain=call_fn is None,
     )
-    if bn_loader is not None:
+    if isinstance(bn_loader, str) and bn_loader != "stored":
+        raise ValueError(f"bn_loader must be batches, 'stored' or None; got {bn_loader!r}.")
+    if bn_loader is None:
+        warn_of_stored_statistics(network, weights, bn_exclude)
+    elif not isinstance(bn_loader, str):
         buffers = recalibrate_batch_norm(
-            model, weights, bn_loader, layout=network.layout, call_fn=call_fn, fraction=bn_fraction, progress=progress
+            model,
+            weights,
+            bn_loader,
+            layout=network.layout,
+            call_fn=call_fn,
+            fraction=bn_fraction,
+            bn_exclude=bn_exclude,
+            progress=progress,
         )
         sampled.set_buffers({name: value.repeat_interleave(repeats, 0) for name, value in buffers.items()})
     number = 0

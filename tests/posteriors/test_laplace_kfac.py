@@ -184,7 +184,7 @@ def test_predictions_average_over_the_posterior(laplace):
     net, x, y = build("residual", dtype=torch.float32)
     fitted = laplace(net, labels="expected").fit(batches(x, y), progress=False)
     own = outputs_of(net, x).softmax(-1)
-    options = {"num_samples": 20, "generator": generator(), "progress": False}
+    options = {"num_samples": 20, "generator": generator(), "progress": False, "bn_loader": "stored"}
     sharp = predict(net, fitted.posterior(1e12), [(x, y)], **options)
     assert_close(sharp.mean, own, torch.float32, 10)
     wide = predict(net, fitted.posterior(1.0), [(x, y)], **options)

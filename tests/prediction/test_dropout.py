@@ -30,7 +30,7 @@ def masks_of(num_samples=20, sizes=(8, 8, 4), seed=0, rate=0.5, **options):
 
 
 def run(model, posterior, loader, num_samples=5, seed=0, **options):
-    options = {"dropout": True, "progress": False, "keep_samples": True, **options}
+    options = {"dropout": True, "progress": False, "keep_samples": True, "bn_loader": "stored", **options}
     if "noise_variance" in options:
         options["likelihood"] = "gaussian"
     return predict(model, posterior, loader, num_samples, generator=torch.Generator().manual_seed(seed), **options)

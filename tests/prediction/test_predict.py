@@ -50,7 +50,8 @@ def conv_problem(dtype=torch.float64, sizes=(6, 6, 3), seed=0):
 
 def run(model, posterior, loader, num_samples=5, seed=0, **options):
     generator = torch.Generator().manual_seed(seed)
-    return predict(model, posterior, loader, num_samples, **{"generator": generator, "progress": False, **options})
+    options = {"generator": generator, "progress": False, "bn_loader": "stored", **options}
+    return predict(model, posterior, loader, num_samples, **options)
 
 
 def thetas_of(posterior, num_samples=5, seed=0):
@@ -66,7 +67,7 @@ def assert_close64(actual, expected, rtol=1e-12):
 def test_classification_by_hand(recalibrated):
     model, posterior, loader = conv_problem()
     bn_loader = [x for x, _ in conv_problem(sizes=(8, 8, 5), seed=1)[2]]
-    found = run(model, posterior, loader, bn_loader=bn_loader if recalibrated else None, keep_samples=True)
+    found = run(model, posterior, loader, bn_loader=bn_loader if recalibrated else "stored", keep_samples=True)
     probs = []
     for theta in thetas_of(posterior):
         other = copy.deepcopy(model)
@@ -120,7 +121,7 @@ def test_batch_norm_loader_changes_the_prediction_and_is_read_once():
 @pytest.mark.parametrize("with_bn", [False, True])
 def test_draws_that_do_not_fit_are_regenerated_with_the_same_result(with_bn):
     model, posterior, loader = conv_problem()
-    bn_loader = loader if with_bn else None
+    bn_loader = loader if with_bn else "stored"
     held = run(model, posterior, loader, bn_loader=bn_loader)
     calls = posterior.calls
     assert calls == 5
@@ -529,4 +530,4 @@ def test_batch_by_batch_is_the_same_prediction(dropout):
         start = stop
     assert start == len(whole.mean)
     with pytest.raises(ShapeError, match="at least one batch; got none"):
-        next(predict_batches(model, posterior, [], progress=False))
+        next(predict_batches(model, posterior, [], bn_loader="stored", progress=False))
