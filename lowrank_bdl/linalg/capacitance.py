@@ -22,6 +22,10 @@ LOGDET_TOLERANCE = 1e-3
 """Largest estimated error of log|C| [nat] that the storage dtype may cause."""
 
 
+class ZeroVarianceError(NotPSDError):
+    """Variances are zero under a root that is not: a factorisation needs them positive, the matrix itself may not."""
+
+
 @dataclass(frozen=True)
 class Capacitance:
     r"""A factorised low-rank-plus-diagonal matrix; a value that one holds, valid while its inputs are unchanged.
@@ -159,9 +163,9 @@ def _point_masses(factors: LowRankFactors) -> Tensor | None:
         total += (point_mass[..., part] & moved).sum()
     bad = int(total)  # one host synchronisation, after the last chunk
     if bad:
-        raise NotPSDError(
-            f"a density needs a positive variance wherever the root is not zero; got {bad} coordinates of "
-            f"{diag.numel()} with zero diagonal under a non-zero root."
+        raise ZeroVarianceError(
+            f"this needs a positive variance wherever the root is not zero; got {bad} coordinates of {diag.numel()} "
+            "with zero diagonal under a non-zero root. Raise them with add_jitter()."
         )
     return point_mass
 

@@ -8,7 +8,7 @@ from linear_operator.operators import LinearOperator, RootLinearOperator
 from torch import Tensor
 
 from lowrank_bdl.linalg import kernels
-from lowrank_bdl.linalg.capacitance import Capacitance, Projection
+from lowrank_bdl.linalg.capacitance import Capacitance, Projection, ZeroVarianceError
 from lowrank_bdl.linalg.columns import Fold
 from lowrank_bdl.linalg.devices import generator_on
 from lowrank_bdl.linalg.exact import DENSE_LIMIT_GIB, check_dense_size
@@ -19,6 +19,7 @@ from lowrank_bdl.linalg.operator_structure import LowRankPlusDiagStructure
 from lowrank_bdl.linalg.principal_components import principal_components
 from lowrank_bdl.linalg.ridge import Ridge
 from lowrank_bdl.linalg.roots import LowRankPlusDiagRoot
+from lowrank_bdl.linalg.zero_variances import ConditionedOnZeroVariances
 
 
 class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
@@ -28,7 +29,8 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
     global settings say: no conjugate gradients, no Lanczos roots, no jitter, no second D x K tensor. The factorisation
     is kept and used again only while root, diagonal and mix are unchanged, also by in-place operations. A coordinate
     with zero diagonal and zero root is a point mass: it is left out of log-determinants and solves, and a quadratic
-    form off its value is infinite.
+    form off its value is infinite. Under a root that is not zero, zero variances are no obstacle to solves, densities
+    and draws as long as the matrix has an inverse.
 
     Args:
         root: :math:`R`, shape ``(*B, D, K)``; the transposed view of contiguous ``(K, D)`` storage is the fast layout.
@@ -88,7 +90,11 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
         core = self._core
         fold = Fold(right_tensor, self.batch_shape, core.batch_shape, self.shape[-1])
         columns = fold.columns.to(self.dtype)
-        capacitance, projection = self._capacitance_for(columns, None)
+        try:
+            capacitance, projection = self._capacitance_for(columns, None)
+        except ZeroVarianceError as error:
+            result = fold.undo(ConditionedOnZeroVariances(core, error).solve(columns))
+            return result if left_tensor is None else left_tensor @ result
         tensors = (core.root, core.diag, core.mix, columns)
         result = fold.undo(SolveFunction.apply(core.factors, capacitance, projection, *tensors))
         return result if left_tensor is None else left_tensor @ result
@@ -132,7 +138,10 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
     def _inv_quad_logdet(self, columns: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return quadratic forms ``(*B, S)`` of folded columns minus mean, and the log-determinant, both float64."""
         core = self._core
-        capacitance, projection = self._capacitance_for(columns, mean)
+        try:
+            capacitance, projection = self._capacitance_for(columns, mean)
+        except ZeroVarianceError as error:
+            return ConditionedOnZeroVariances(core, error).inv_quad_logdet(columns, mean)
         tensors = (core.root, core.diag, core.mix, columns) + (() if mean is None else (mean,))
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         kept: list[Ridge] = []
@@ -141,6 +150,15 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
         )
         core._refine(kept[0])
         return quadratic, logdet
+
+    def num_free(self) -> Tensor:
+        """Return the number of coordinates that are not point masses, shape ``(*B,)``, float64."""
+        core = self._core
+        try:
+            number = core.capacitance().num_free
+        except ZeroVarianceError as error:
+            number = ConditionedOnZeroVariances(core, error).rest.capacitance().num_free
+        return number.expand(self.batch_shape)
 
     def _capacitance_for(self, columns: Tensor, mean: Tensor | None) -> tuple[Capacitance, Projection | None]:
         """Return the factorisation, and the projection of a single column if a factorisation had to be made for it."""
@@ -193,6 +211,7 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
         if n < 0:
             raise ValueError(f"the number of draws must be >= 0, got {n}.")
         core, batch = self._core, self.batch_shape
+        core._require_variances()
         extra = batch[: len(batch) - len(core.batch_shape)]
         apart = mean is not None and (bool(extra) or (torch.is_grad_enabled() and mean.requires_grad))
         if torch.is_grad_enabled() and core.requires_grad:

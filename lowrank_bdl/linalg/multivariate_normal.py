@@ -79,8 +79,7 @@ class MultivariateNormal(gpytorch.distributions.MultivariateNormal):
         base = sigma.base if isinstance(sigma, InverseLowRankPlusDiagLinearOperator) else sigma
         if not isinstance(base, LowRankPlusDiagLinearOperator):
             return int(self.loc.shape[-1])
-        num_free: Tensor = base._core.capacitance().num_free
-        return num_free.expand(sigma.batch_shape)
+        return base.num_free()
 
     def log_prob(self, value: Tensor) -> Tensor:
         r"""Return the log-density of values ``(*S, *B, D)``, shape ``(*S, *B)`` [nat], float64.

@@ -65,6 +65,7 @@ class LowRankPlusDiagState(StructuredLinearOperator, LowRankRootAddedDiagLinearO
         self._factored: tuple[tuple[int, ...], Capacitance] | None = None
         self._pinned: tuple[int, ...] | None = None
         self._unexpanded: Self | None = None
+        self._drawable: tuple[int, ...] | None = None
 
     @classmethod
     def from_linear_operator(cls, operator: LinearOperator) -> Self:
@@ -118,6 +119,22 @@ class LowRankPlusDiagState(StructuredLinearOperator, LowRankRootAddedDiagLinearO
         elif least == "double" and self._factored[1].method == "storage":
             self._factored = (versions, factorize(factors, least, projection))
         return self._factored[1]
+
+    def _require_variances(self) -> None:
+        """Raise NotPSDError for negative variances, of which draws would make NaN; once for each state of the tensors.
+
+        On an accelerator nothing is checked, since that would make the host wait.
+        """
+        versions = self._versions()
+        checked = versions is not None and (
+            versions == self._drawable or (self._factored is not None and versions == self._factored[0])
+        )
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(self.diag)
+        if checked or wrapped or self.device.type != "cpu" or not self.diag.numel():
+            return
+        if not float(self.diag.detach().amin()) >= 0:
+            self.capacitance()  # which says what is wrong
+        self._drawable = versions
 
     def _refine(self, result: Ridge) -> None:
         """Keep a finer factorisation that a solve had to make."""

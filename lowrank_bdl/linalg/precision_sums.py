@@ -86,8 +86,9 @@ def precision_block(sigma: LowRankPlusDiagStructure, index: Index) -> LowRankPlu
 
     Cost: a read of the root, O(D K^2) time, and the chosen rows of the root.
     """
-    positive = sigma.diag > 0
-    weight = torch.where(positive, 1 / torch.where(positive, sigma.diag, 1.0), 0.0)
+    sigma._core.capacitance()  # for its checks of the diagonal
+    variances = sigma.diag.double()
+    weight = torch.where(variances > 0, 1 / torch.where(variances > 0, variances, 1.0), 0.0)
     weight[..., index] = 0
     mix = _whitened((sigma,), (sigma._mix_matrix(),), weight)
     chosen = sigma.select(index, index)
