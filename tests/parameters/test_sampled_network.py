@@ -78,7 +78,7 @@ def problem(name, num_samples=5, sizes=(6, 3), dtype=torch.float64):
 
 
 def run(model, thetas, loader, **options):
-    return predict(model, thetas, loader, **{"keep_samples": True, "progress": False, **options})
+    return predict(model, thetas, loader, **{"keep_samples": True, "progress": False, "bn_loader": "stored", **options})
 
 
 @pytest.mark.parametrize("name", NETWORKS)
