@@ -56,7 +56,7 @@ def measure_memory(model: nn.Module, rank: int, deviation_dtype: torch.dtype, pl
     swag, made = peak_memory(lambda: lb.SWAG(model, rank=rank, deviation_dtype=deviation_dtype, device=place), place)
     weights = sum(p.nbytes for p in swag.layout.parameters_of(model))
     compare("state", weights, made)
-    state = sum(buffer.nbytes for buffer in swag.buffers())
+    state = sum(buffer.nbytes for buffer in swag.own_tensors().values())
     swag.update_parameters(model)
     _, made = peak_memory(lambda: swag.update_parameters(model), place)
     compare("collect", weights + state, made)

@@ -7,8 +7,7 @@ Maddox, Garipov, Izmailov, Vetrov and Wilson, "A Simple Baseline for Bayesian Un
 import hashlib
 import json
 import math
-from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +23,13 @@ from lowrank_bdl.parameters.selection import Selector
 from lowrank_bdl.posteriors.blocks import BlockPosterior
 from lowrank_bdl.posteriors.gaussian import GaussianPosterior
 from lowrank_bdl.posteriors.iterates import flatten_finite
+from lowrank_bdl.posteriors.own_tensors import OwnTensors
 
 CENTERINGS = ("running", "final")
 _WRAPPERS = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")  # names in states of early versions
 
 
-class SWAG(nn.Module):
+class SWAG(OwnTensors):
     r"""Collect iterates :math:`\theta_1, \dots, \theta_T` of any optimiser into a low-rank-plus-diagonal Gaussian.
 
     .. math::
@@ -41,9 +41,11 @@ class SWAG(nn.Module):
     ``scale=0.5``) and rows = min(T, rank). The first deviation is exactly zero: it counts in rows while it is inside
     that window and is never stored.
 
-    The collector is a module without parameters: register it inside a training module, save it with the training
-    state, and collection resumes bit for bit. It follows moves between devices, and keeps its own dtypes under
-    ``.half()``, ``.bfloat16()`` and ``.double()``. It holds a layout, never the model.
+    The collector is a module without parameters and buffers: register it inside a training module, save it with the
+    training state, and collection resumes bit for bit. What it holds is in ``state_dict()``, and nothing that
+    DistributedDataParallel sends around or AveragedModel and Lightning's WeightAveraging average. It follows moves
+    between devices, and keeps its own dtypes under ``.half()``, ``.bfloat16()`` and ``.double()``. It holds a layout,
+    never the model.
 
     Args:
         model: Defines names and shapes; nothing of it is kept or changed, and its current weights are not counted.
@@ -122,11 +124,11 @@ class SWAG(nn.Module):
             moments = StreamingMoments(numel, dtype=dtype, device=place)
             buffer = DeviationBuffer(rank, numel, dtype=stored_as, device=place)
             for name, tensor in moments.state().items():
-                self.register_buffer(name, tensor)
-            self.register_buffer("storage", buffer.storage)
-            self.register_buffer("storage_scale", buffer.scale)
-            self.register_buffer("num_pushed", buffer.state()["num_pushed"])
-            self.register_buffer("layout_digest", torch.tensor(_digest(self.layout), device="cpu"))
+                self.keep(name, tensor)
+            self.keep("storage", buffer.storage)
+            self.keep("storage_scale", buffer.scale)
+            self.keep("num_pushed", buffer.state()["num_pushed"])
+            self.keep("layout_digest", torch.tensor(_digest(self.layout), device="cpu"))
 
     @classmethod
     def from_averaged_model(
@@ -369,46 +371,15 @@ class SWAG(nn.Module):
 
     # ---- state --------------------------------------------------------------------------------------------------
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SWAG":
-        """Follow moves between devices, and no change of dtype: sums in half precision would be wrong."""
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            if tensor.dtype is torch.int64:  # counters and digest stay on the CPU: nobody waits to read them
-                moved = fn(tensor)
-                return moved if moved.device.type in ("cpu", "meta") else moved.to("cpu")
-            probe = fn(tensor.new_empty(0))  # asks what fn does without converting K x D numbers
-            return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
-
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: Any
-    ) -> None:
-        """Load all or nothing: a state of another network, rank or storage dtype leaves the collector as it was."""
-        errors: list[str] = lists[-1]
-        found = {name: state_dict[prefix + name] for name, _ in self.named_buffers() if prefix + name in state_dict}
-        own = dict(self.named_buffers())
-        for name, tensor in found.items():
-            expected = own[name]
-            if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
-                errors.append(
-                    f"{prefix}{name}: expected {tuple(expected.shape)} {expected.dtype}, "
-                    f"got {tuple(tensor.shape)} {tensor.dtype}; the collector is unchanged."
-                )
-                return
+    def refuse_state(self, found: dict[str, Tensor], prefix: str) -> str | None:
+        """Say that a state is of other parameters."""
         digest = found.get("layout_digest")
-        if digest is not None and int(digest) not in (_digest(self.layout, wrapper) for wrapper in _WRAPPERS):
-            errors.append(
-                f"{prefix}layout_digest: the state was collected from parameters with other names or shapes; "
-                "the collector is unchanged."
-            )
-            return
-        if found and len(found) < len(own):
-            missing = ", ".join(prefix + name for name in own if name not in found)
-            errors.append(f"missing {missing}; the collector is unchanged.")
-            return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        if digest is None or int(digest) in (_digest(self.layout, wrapper) for wrapper in _WRAPPERS):
+            return None
+        return (
+            f"{prefix}layout_digest: the state was collected from parameters with other names or shapes; "
+            "the collector is unchanged."
+        )
 
     def extra_repr(self) -> str:
         """Describe the collector in one line."""
