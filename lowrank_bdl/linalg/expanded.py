@@ -41,7 +41,7 @@ class ExpandedLinearOperator(StructuredLinearOperator):
     def __init__(self, base: LinearOperator, batch_shape: torch.Size) -> None:
         if base.batch_shape:
             raise ShapeError(f"cannot expand batch axes {tuple(base.batch_shape)} to {tuple(batch_shape)}.")
-        super().__init__(base, expanded=torch.Size(batch_shape))
+        super().__init__(base, batch_shape=torch.Size(batch_shape))
         self.base = base
         self.expanded = torch.Size(batch_shape)
 

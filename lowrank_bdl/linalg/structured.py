@@ -353,6 +353,8 @@ class ProductOfLinearOperators(_OfParts):
         return super().matmul(other) if isinstance(other, LinearOperator) else self._matmul(other)
 
     def _matmul(self, rhs: Tensor) -> Tensor:
+        if rhs.ndim == 1:  # what the right factor makes of it may have batch axes, and is then no vector
+            return self._matmul(rhs.unsqueeze(-1)).squeeze(-1)
         product: Tensor = self.left.matmul(self.right.matmul(rhs))
         return product
 
@@ -360,7 +362,9 @@ class ProductOfLinearOperators(_OfParts):
         """Return ``B^-1 A^-1 right``, or ``left B^-1 A^-1 right``, of square factors."""
         if not (self.left.is_square and self.right.is_square):
             return super().solve(right_tensor, left_tensor)
-        result: Tensor = self.right.solve(self.left.solve(right_tensor))
+        columns = right_tensor.unsqueeze(-1) if right_tensor.ndim == 1 else right_tensor
+        result: Tensor = self.right.solve(self.left.solve(columns))
+        result = result.squeeze(-1) if right_tensor.ndim == 1 else result
         return result if left_tensor is None else left_tensor @ result
 
 
