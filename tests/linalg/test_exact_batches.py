@@ -10,7 +10,7 @@ from lowrank_bdl.linalg.block_diagonal import BlockDiagonalLinearOperator
 from lowrank_bdl.linalg.kronecker import KroneckerSpectralLinearOperator
 from lowrank_bdl.linalg.roots import LowRankPlusDiagRoot
 from tests.linalg.cases import F64, Case
-from tests.linalg.operations import columns, no_iterations, plain
+from tests.linalg.operations import REFUSALS, columns, no_iterations, plain
 from tests.oracles import assert_close
 
 BATCH, N = (2, 3), 6
