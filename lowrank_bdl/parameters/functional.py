@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.substitution import Substitution
-from lowrank_bdl.parameters.wrappers import is_compiled, named_buffers
+from lowrank_bdl.parameters.wrappers import is_compiled, named_buffers, require_module, require_values
 
 CallFn: TypeAlias = Callable[[nn.Module, Any], Any]
 
@@ -140,6 +140,8 @@ class StatelessModel:
     """
 
     def __init__(self, model: nn.Module, call_fn: CallFn | None = None) -> None:
+        require_module(model)
+        require_values(model.named_parameters())
         self.model = model
         self.device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), None)
         self._call_fn = call_on_inputs if call_fn is None else call_fn

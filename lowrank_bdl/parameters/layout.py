@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from lowrank_bdl.errors import CheckpointError, ShapeError
 from lowrank_bdl.parameters.selection import Selector, select
-from lowrank_bdl.parameters.wrappers import named_parameters, without_wrappers
+from lowrank_bdl.parameters.wrappers import named_parameters, require_values, without_wrappers
 
 
 def _named_groups(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, nn.Parameter]]:
@@ -283,6 +283,7 @@ class ParameterLayout:
 
         Raises:
             ShapeError: If model and layout differ, or ``out`` has another shape or a dtype other than ``dtype``.
+            LowRankBDLError: If a parameter has no values (on the meta device).
 
         Cost: O(D) time; no memory beyond the result.
         """
@@ -291,6 +292,8 @@ class ParameterLayout:
             batch: tuple[int, ...] = ()
         else:
             tensors, batch = self._tensors_of(source)
+        if out is None or not out.is_meta:
+            require_values(zip(self.names, tensors, strict=True))
         shape = (*batch, self.numel)
         if out is None:
             out = torch.empty(shape, dtype=dtype or self.dtype, device=tensors[0].device)

@@ -1,7 +1,7 @@
 """Networks inside torch's wrappers: their names without the wrappers' own, and what wrappers must not do meanwhile."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any
@@ -49,6 +49,7 @@ def plain_names(model: nn.Module) -> Callable[[str], str]:
         >>> plain_names(net)("0.module.weight")
         '0.weight'
     """
+    require_module(model)
     wrappers = [(f"{path}.{child}" if path else child, path) for path, child in _wrappers(model)]
     if not wrappers:
         return lambda name: name
@@ -121,6 +122,7 @@ def named_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _parameters(model: nn.Module) -> list[tuple[str, str, nn.Parameter]]:
+    require_module(model)  # before its modules are looked at
     require_whole(model)
     # not the model's own method: a checkpoint wrapper's leaves its own name out, which functional_call needs
     return _renamed(model, list(nn.Module.named_parameters(model, remove_duplicate=False)))
@@ -128,6 +130,38 @@ def _parameters(model: nn.Module) -> list[tuple[str, str, nn.Parameter]]:
 
 def _buffers(model: nn.Module) -> list[tuple[str, str, Tensor]]:
     return _renamed(model, list(nn.Module.named_buffers(model)))
+
+
+def require_module(model: object) -> None:
+    """Refuse what is no module, such as a function that calls one.
+
+    Raises:
+        TypeError: Says what was got, and where a function goes.
+    """
+    if not isinstance(model, nn.Module):
+        name = getattr(model, "__name__", None)
+        raise TypeError(
+            f"the network must be a torch.nn.Module, which has weights; got {type(model).__name__}"
+            f"{f' {name!r}' if isinstance(name, str) else ''}. Pass the module itself, and how to call it as "
+            "call_fn=lambda model, batch: ..."
+        )
+
+
+def require_values(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse parameters without values, on the meta device.
+
+    Args:
+        named: Name and tensor.
+
+    Raises:
+        LowRankBDLError: Names the first one.
+    """
+    name = next((name for name, tensor in named if tensor.is_meta), None)
+    if name is not None:
+        raise LowRankBDLError(
+            f"the network must hold its weights; parameter {name!r} is on the meta device, which keeps shapes and no "
+            "values (a model that was made there, or that accelerate has offloaded). Load the weights onto a device."
+        )
 
 
 def require_whole(model: nn.Module) -> None:

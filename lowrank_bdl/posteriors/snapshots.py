@@ -11,6 +11,7 @@ from lowrank_bdl.errors import CheckpointError
 from lowrank_bdl.linalg.memory import require_memory
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
+from lowrank_bdl.parameters.wrappers import require_values
 from lowrank_bdl.posteriors.empirical import EmpiricalPosterior
 from lowrank_bdl.posteriors.iterates import flatten_finite
 from lowrank_bdl.posteriors.storage import layout_difference
@@ -68,7 +69,10 @@ class WeightSnapshots:
         self.layout = ParameterLayout.from_module(model, include=include, exclude=exclude)
         self.max_snapshots = max_snapshots
         self.n_averaged = 0
-        self._device = self.layout.parameters_of(model)[0].device if device is None else torch.device(device)
+        own = self.layout.parameters_of(model)
+        if device is None:
+            require_values(zip(self.layout.names, own, strict=True))
+        self._device = own[0].device if device is None else torch.device(device)
         self._rows: list[Tensor] = []  # written once: what a state or a copy shares never changes
 
     def __len__(self) -> int:

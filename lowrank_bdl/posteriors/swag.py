@@ -20,6 +20,7 @@ from lowrank_bdl.linalg.ring_buffer import DeviationBuffer
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.memory_estimates import estimate_memory
 from lowrank_bdl.parameters.selection import Selector
+from lowrank_bdl.parameters.wrappers import require_values
 from lowrank_bdl.posteriors.blocks import BlockPosterior
 from lowrank_bdl.posteriors.gaussian import GaussianPosterior
 from lowrank_bdl.posteriors.iterates import flatten_finite
@@ -66,6 +67,8 @@ class SWAG(OwnTensors):
     Raises:
         ValueError: If ``rank`` < 0, or ``centering``, ``correction`` or ``deviation_dtype`` is unknown.
         ShapeError: If no parameter is selected.
+        LowRankBDLError: If the parameters have no values (on the meta device) and ``device`` is None, or are sharded.
+        TypeError: If ``model`` is no module.
         MemoryLimitError: If the buffers do not fit the free memory of the device, before they are allocated.
 
     Cost: (K + 3)·D numbers, float32 unless a parameter is float64; an update allocates D more for its duration.
@@ -115,7 +118,10 @@ class SWAG(OwnTensors):
             raise ValueError(f"correction must be 0 or 1; got {correction}.")
         self.layout = ParameterLayout.from_module(model, include=include, exclude=exclude)
         self.rank, self.centering, self.correction = rank, centering, correction
-        place = self.layout.parameters_of(model)[0].device if device is None else torch.device(device)
+        own = self.layout.parameters_of(model)
+        if device is None:
+            require_values(zip(self.layout.names, own, strict=True))
+        place = own[0].device if device is None else torch.device(device)
         dtype, numel = self.layout.dtype, self.layout.numel
         stored_as = dtype if deviation_dtype is None else deviation_dtype
         num_bytes = estimate_memory(numel, rank, "state", dtype, deviation_dtype=stored_as).result

@@ -312,3 +312,46 @@ def test_sharded_models_are_refused_everywhere(tmp_path: Path) -> None:
 
 def test_a_data_parallel_model_is_evaluated_by_one_process_alone(tmp_path: Path) -> None:
     assert "alone and right" in in_two_processes(DATA_PARALLEL, tmp_path)
+
+
+def test_what_is_no_module_is_refused_by_name() -> None:
+    net = network()
+    layout = lb.ParameterLayout.from_module(net)
+    posterior = lb.EmpiricalPosterior(layout.flatten(net).unsqueeze(0), layout)
+
+    def run_net(x: Tensor) -> Tensor:
+        return net(x)
+
+    for function, name in ((run_net, "function 'run_net'"), (net.forward, "method 'forward'"), ("net", "got str")):
+        for call in (
+            lambda f: lb.SWAG(f),
+            lambda f: lb.WeightSnapshots(f),
+            lambda f: lb.predict(f, posterior, data(), progress=False),
+            lambda f: lb.FunctionalModel(f),
+            lambda f: lb.HessianLinearOperator(f, F.cross_entropy, data()),
+            lambda f: lb.GradientCovariance(f, F.cross_entropy),
+            lambda f: lb.recalibrate_batch_norm_(f, data()),
+        ):
+            with pytest.raises(TypeError, match=rf"must be a torch\.nn\.Module.*{name}.*call_fn="):
+                call(function)
+
+
+def test_parameters_without_values_are_refused_by_name() -> None:
+    with torch.device("meta"):
+        net = network()
+    layout = lb.ParameterLayout.from_module(net)  # needs no values
+    thetas = torch.randn(2, layout.numel)
+    for call in (
+        lambda: lb.SWAG(net),
+        lambda: lb.SWAG(net, device="cpu").update_parameters(net),
+        lambda: lb.WeightSnapshots(net),
+        lambda: layout.flatten(net),
+        lambda: lb.predict(net, thetas, data(), progress=False),
+        lambda: lb.HessianLinearOperator(net, F.cross_entropy, data()),
+        lambda: lb.DiagonalLaplace(net, labels="true").fit(data(), progress=False),
+    ):
+        with pytest.raises(lb.LowRankBDLError, match=r"parameter '0\.0\.weight' is on the meta device"):
+            call()
+    swag = lb.SWAG(net, device="cpu", rank=1)  # made before the weights are loaded
+    swag.update_parameters(network())
+    assert swag.n_averaged == 1
