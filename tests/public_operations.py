@@ -119,7 +119,7 @@ def block_diagonal(device: torch.device) -> lb.BlockDiagonalLinearOperator:
 def kronecker(device: torch.device) -> lb.KroneckerSpectralLinearOperator:
     left, right = (torch.linalg.qr(normal(torch.device("cpu"), 1, n, n, seed=n).double())[0] for n in (4, 5))
     eigenvalues = normal(torch.device("cpu"), 1, 4, 5, seed=9).double().square() + 0.1
-    return lb.KroneckerSpectralLinearOperator(*(tensor.to(device) for tensor in (left, right, eigenvalues)))
+    return lb.KroneckerSpectralLinearOperator(left, right, eigenvalues).to(device)
 
 
 def log_joint(device: torch.device) -> lb.LogJoint:

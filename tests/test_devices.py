@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 import lowrank_bdl as lb
-from lowrank_bdl.errors import NonFiniteError, ShapeError
+from lowrank_bdl.errors import LowRankBDLError, NonFiniteError, ShapeError
 from lowrank_bdl.linalg import moments
 from lowrank_bdl.training.collection import Collection
 from lowrank_bdl.training.trainer import Trainer
@@ -44,6 +45,11 @@ def assert_same(found: Any, expected: Any) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * scale)
 
 
+@cache
+def on_the_cpu(operation: Operation) -> Any:
+    return operation.make(torch.device("cpu"))()
+
+
 def devices_of(result: Any) -> set[str]:
     return {str(leaf.device) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)}
 
@@ -51,7 +57,7 @@ def devices_of(result: Any) -> set[str]:
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=lambda operation: operation.name)
 @pytest.mark.parametrize("name", ["cuda:0", "cuda:1"])  # the second while the first is current
 def test_operation_on_an_accelerator(operation: Operation, name: str) -> None:
-    expected = operation.make(torch.device("cpu"))()
+    expected = on_the_cpu(operation)
     with FakeDevice("cuda:0") as gpu:
         call = operation.make(torch.device(name))
         with gpu.section() as part:
@@ -209,3 +215,40 @@ def test_a_generator_of_the_cpu_seeds_draws_on_a_device(operation: Operation, mo
         found = [operation.make(torch.device("cuda"))() for _ in range(2)]
     if made:
         assert_same(found[0], found[1])
+
+
+REFUSED_ON_MPS = {
+    "A Fisher matrix of blocks": {"diagonal_laplace", "kfac_laplace"},
+    "A frequent-directions sketch": {"frequent_directions"},
+    "A KL divergence": {"kl_divergence"},
+    "A stochastic estimate": {"stochastic_estimates", "spectral_density"},
+    "A Kronecker-factored operator": {name for name in OPERATIONS if name.startswith("kronecker")},
+    "The derivative of a density": {"derivatives_of_a_density"},
+    "The subspace of a curve": {"subspaces"},
+    "The volume of a simplex": {"log_simplex_volume", "surfaces"},
+}
+"""What needs more float64 than small sums; all else works on Apple's devices."""
+OTHER_STREAM = {
+    *("mixture", "elliptical_slice", "coordinate_slice", "sgld", "sghmc", "variational", "low_rank_gaussian"),
+    "surface_training",
+}
+"""Draws that are made on the CPU in float64 there, from a seed that the device's generator gives."""
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=lambda operation: operation.name)
+def test_operation_on_a_device_without_float64(operation: Operation) -> None:
+    expected = on_the_cpu(operation)
+    refused = [message for message, names in REFUSED_ON_MPS.items() if operation.name in names]
+    with FakeDevice("mps"):
+        if refused:
+            with pytest.raises(
+                LowRankBDLError, match=f"{refused[0]} sums in float64, which mps(:0)? does not have; move"
+            ):
+                operation.make(torch.device("mps"))()
+            return
+        found = operation.make(torch.device("mps"))()
+    for leaf in pytree.tree_leaves(found):
+        if isinstance(leaf, Tensor) and leaf.device.type != "mps" and operation.name not in OTHER_STREAM | ELSEWHERE:
+            assert leaf.dtype is not torch.float32, "only float64 results and counts are on the CPU"
+    if operation.name not in OTHER_STREAM:
+        assert_same(found, expected)

@@ -15,6 +15,7 @@ from lowrank_bdl.curvature.backward import Backward, differentiable_kernels, is_
 from lowrank_bdl.curvature.data import Data, fixed_batches
 from lowrank_bdl.curvature.loss_gradients import BatchNormMode, batch_norm_mode, check_modes, split_batch
 from lowrank_bdl.errors import LowRankBDLError, NonFiniteError, ShapeError, StaleError
+from lowrank_bdl.linalg.devices import norm_in_float64, to_float64
 from lowrank_bdl.linalg.exact import DENSE_LIMIT_GIB, check_dense_size
 from lowrank_bdl.linalg.expanded import UnbatchedLinearOperator
 from lowrank_bdl.linalg.memory import require_memory
@@ -244,14 +245,14 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
         if not bool(left.isfinite().all() & right.isfinite().all()):
             raise NonFiniteError("the curvature must be finite; a product with it holds NaN or infinite entries.")
         tolerance = max(torch.finfo(dtype).eps for dtype in self._present_dtypes()) ** 0.5
-        norms = [float(torch.linalg.vector_norm(v, dtype=torch.float64)) for v in (left, right, again - left)]
+        norms = [float(norm_in_float64(v)) for v in (left, right, again - left)]
         if norms[2] > tolerance * norms[0]:
             raise LowRankBDLError(
                 "every product must see the same function of the weights: a second product with a vector differs by "
                 f"{norms[2] / norms[0]:.1e} of its norm. Data that are shuffled or augmented anew in every pass, and "
                 "dropout that is on in evaluation mode, do that; check=False leaves this out."
             )
-        sides = [float(probes[0].double() @ right.double()), float(probes[1].double() @ left.double())]
+        sides = [float(to_float64(probes[0]) @ to_float64(right)), float(to_float64(probes[1]) @ to_float64(left))]
         if abs(sides[0] - sides[1]) > tolerance * max(norms[:2]):  # u'(H - H')v is about |(H - H')v|
             raise LowRankBDLError(
                 f"the matrix must be symmetric; for two vectors u'Hv is {sides[0]:.6g} and v'Hu is {sides[1]:.6g}. An "

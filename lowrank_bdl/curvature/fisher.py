@@ -18,6 +18,7 @@ from lowrank_bdl.curvature.kronecker_factors import KroneckerCurvature, Kronecke
 from lowrank_bdl.curvature.layers import Layer, LayerCall, find_layers, recorded
 from lowrank_bdl.curvature.scores import Labels, OutputLikelihood
 from lowrank_bdl.errors import NonFiniteError, ShapeError
+from lowrank_bdl.linalg.devices import require_float64
 from lowrank_bdl.linalg.memory import require_memory
 from lowrank_bdl.parameters.functional import FunctionalModel, evaluation_mode, to_device
 from lowrank_bdl.parameters.layout import ParameterLayout
@@ -147,6 +148,7 @@ def fisher_sums(
     Cost: one forward and backward pass over the data (``"expected"``: a backward pass an output); memory of one pass
     and the float64 sums.
     """
+    require_float64(theta.device, "A Fisher matrix of blocks")
     network = FunctionalModel(model, layout)
     layers = find_layers(model, layout)
     sums: _Accumulators | None = None

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lowrank_bdl.curvature.loss_gradients import BatchNormMode, LossFn, LossGradients, Reduction
 from lowrank_bdl.errors import NonFiniteError, ShapeError, StaleError
+from lowrank_bdl.linalg.devices import sum_in_float64, sums_device, to_float64
 from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.memory import require_memory
 from lowrank_bdl.linalg.moments import StreamingMoments, first_unusable
@@ -297,7 +298,8 @@ class GradientCovariance:
         A row is :math:`d_t = g_t - m_t` with the running mean, and :math:`m_s - m_{s-1} = d_s S_s / N_{s-1}`, hence
         :math:`g_t - m = d_t - \sum_{s>t} d_s S_s / N_{s-1}`, for t = 1 as well, whose own :math:`d_1` is zero.
         """
-        order, place = self._buffer.age_order(), self._moments.shift.device
+        place = sums_device(self._moments.shift.device)
+        order = self._buffer.age_order().to(place)
         stored = len(order)
         complete = self.num_gradients == stored + 1
         sizes = torch.tensor(list(self._sizes), dtype=torch.float64, device=place)[len(self._sizes) - stored :]
@@ -321,7 +323,7 @@ class GradientCovariance:
     def trace(self) -> float:
         """Trace of V, the gradient being that of :attr:`batch_size` examples; unbiased, from all gradients seen."""
         self._require(2)
-        total = float(self._moments.sum_sq.sum(dtype=torch.float64))
+        total = float(sum_in_float64(self._moments.sum_sq, 0))
         return total / ((self.num_gradients - 1) * self.batch_size)
 
     @property
@@ -330,7 +332,7 @@ class GradientCovariance:
 
         Unbiased for independent examples, and therefore below zero at times where the gradient is small.
         """
-        return float(self.mean.double().square().sum()) - self.trace * self.batch_size / self.num_examples
+        return float(to_float64(self.mean).square().sum()) - self.trace * self.batch_size / self.num_examples
 
     @property
     def signal_to_noise(self) -> float:
@@ -396,7 +398,7 @@ class GradientCovariance:
             raise ShapeError(f"directions must have shape ({numel},) or ({numel}, k); got {tuple(directions.shape)}.")
         covariance, trace = self.recent_covariance, self.trace
         columns = directions.detach().reshape(numel, -1)
-        squares = columns.double().square().sum(0)
+        squares = to_float64(columns).square().sum(0)
         if not bool(((squares > 0) & squares.isfinite()).all()):
             raise ValueError("directions must be finite and not zero; got one that is not.")
         if trace == 0:
@@ -435,10 +437,10 @@ class GradientCovariance:
 @torch.no_grad()
 def _inner(left: LowRankPlusDiagLinearOperator, right: LowRankPlusDiagLinearOperator) -> float:
     """Return the trace of the product: of a diagonal and a low-rank part, each a sum of nothing negative."""
-    total = float(left.diag.double() @ right.diagonal().double())
-    for column in torch.eye(left.rank, dtype=torch.float64, device=left.device):
+    total = float(to_float64(left.diag) @ to_float64(right.diagonal()))
+    for column in torch.eye(left.rank, dtype=torch.float64, device=sums_device(left.device)):
         vector = left.lift(column[:, None])
-        total += float((vector.double() * right.matmul(vector.to(right.dtype)).double()).sum())
+        total += float((to_float64(vector) * to_float64(right.matmul(vector.to(right.dtype)))).sum())
     return total
 
 

@@ -9,6 +9,7 @@ from linear_operator.operators import LinearOperator, RootLinearOperator, ZeroLi
 from torch import Tensor
 
 from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.linalg.devices import sums_device, to_float64
 from lowrank_bdl.linalg.exact import DENSE_LIMIT_GIB, check_dense_size
 from lowrank_bdl.linalg.indices import Index, positions, same_index
 from lowrank_bdl.linalg.structured import LinearOperatorBlock, StructuredLinearOperator
@@ -137,7 +138,7 @@ class BlockDiagonalLinearOperator(StructuredLinearOperator):
             Float64 tensors of shape ``(*B,)`` (or ``(*B, S)`` unreduced) and ``(*B,)``; zeros for what was not asked
             for.
         """
-        quadratic = log_determinant = torch.zeros((), dtype=torch.float64, device=self.device)
+        quadratic = log_determinant = torch.zeros((), dtype=torch.float64, device=sums_device(self.device))
         vector = inv_quad_rhs is not None and inv_quad_rhs.ndim == 1
         columns = inv_quad_rhs.unsqueeze(-1) if vector and inv_quad_rhs is not None else inv_quad_rhs
         if columns is not None and columns.shape[-2] != self.shape[-1]:
@@ -146,9 +147,9 @@ class BlockDiagonalLinearOperator(StructuredLinearOperator):
             rows = None if columns is None else columns[..., part, :]
             own, own_log = block.inv_quad_logdet(rows, logdet=logdet, reduce_inv_quad=reduce_inv_quad)
             if rows is not None:
-                quadratic = quadratic + own.double()
+                quadratic = quadratic + to_float64(own)
             if logdet:
-                log_determinant = log_determinant + own_log.double()
+                log_determinant = log_determinant + to_float64(own_log)
         if vector and not reduce_inv_quad and columns is not None:
             quadratic = quadratic.squeeze(-1)
         return quadratic, log_determinant

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowrank_bdl.errors import NonFiniteError, NotPSDError
 from lowrank_bdl.linalg import compiled
+from lowrank_bdl.linalg.devices import to_float64
 from lowrank_bdl.linalg.factors import LowRankFactors, gram
 from lowrank_bdl.linalg.stiff import stiff_triangle
 
@@ -86,7 +87,7 @@ def factorize(factors: LowRankFactors, least: str = "storage", projection: Proje
     log_diag, clean = _scan(factors)
     point_mass = None if clean else _point_masses(factors)
     zeros = factors.zeros() if point_mass is None else point_mass.sum(-1)
-    num_free = factors.dim - zeros.double()
+    num_free = factors.dim - to_float64(zeros)
     for dtype in (torch.float64,) if least == "double" else dict.fromkeys((factors.diag.dtype, torch.float64)):
         mixed = factors.mixed_gram(_gram(factors, dtype, point_mass is not None, projection))
         cholesky, amplification = checked_cholesky(mixed)
@@ -177,7 +178,7 @@ def sum_log(factors: LowRankFactors) -> Tensor:
     """
     total = factors.zeros()
     for part in factors.chunks(1, factors.root.dtype):
-        chunk = factors.diag[..., part].double()
+        chunk = to_float64(factors.diag[..., part])
         chunk = chunk.masked_fill(chunk == 0, 1.0)
         if factors.diag.dtype is torch.float32 and chunk.shape[-1] % 4 == 0:
             chunk = chunk.unflatten(-1, (4, -1)).prod(-2)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_bdl.linalg.devices import sums_device
 from lowrank_bdl.linalg.factors import LowRankFactors, gram, project
 from lowrank_bdl.linalg.principal_components import rotate
 
@@ -22,7 +23,7 @@ class DenseBasis:
     @property
     def _factors(self) -> LowRankFactors:
         """The basis as kernels take it: of the diagonal, here a column, these use dtype, device and length alone."""
-        column, one = self.matrix[:, 0], torch.ones((), dtype=torch.float64, device=self.matrix.device)
+        column, one = self.matrix[:, 0], torch.ones((), dtype=torch.float64, device=sums_device(self.matrix.device))
         return LowRankFactors(self.matrix, column, one)
 
     def lift(self, coordinates: Tensor, origin: Tensor) -> Tensor:

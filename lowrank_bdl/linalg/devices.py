@@ -21,6 +21,31 @@ def to_float64(tensor: Tensor) -> Tensor:
     return tensor.double() if has_float64(tensor.device) else tensor.to("cpu").double()
 
 
+def in_dtype(tensor: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """Return a tensor in a dtype, where work in that dtype is done for tensors of a device.
+
+    Args:
+        tensor: Of any dtype.
+        dtype: Of the work.
+        device: Whose tensors it meets; its own if None.
+    """
+    place = tensor.device if device is None else device
+    return tensor.to(device=sums_device(place) if dtype is torch.float64 else place, dtype=dtype)
+
+
+def sum_in_float64(tensor: Tensor, dim: int) -> Tensor:
+    """Return the sum along an axis in float64; no float64 copy of the tensor where the device can do without."""
+    return tensor.sum(dim, dtype=torch.float64) if has_float64(tensor.device) else to_float64(tensor).sum(dim)
+
+
+def norm_in_float64(tensor: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
+    """Return 2-norms in float64; no float64 copy of the tensor where the device can do without."""
+    if not has_float64(tensor.device):
+        tensor = to_float64(tensor)
+    norm: Tensor = torch.linalg.vector_norm(tensor, dim=dim, keepdim=keepdim, dtype=torch.float64)
+    return norm
+
+
 def require_float64(device: torch.device, what: str) -> None:
     """Refuse what needs float64 on a device without.
 

@@ -14,6 +14,7 @@ from lowrank_bdl.errors import NotPSDError, ShapeError
 from lowrank_bdl.linalg import exact
 from lowrank_bdl.linalg.block_diagonal import BlockDiagonalLinearOperator
 from lowrank_bdl.linalg.capacitance import checked_cholesky
+from lowrank_bdl.linalg.devices import require_float64
 from lowrank_bdl.linalg.factors import LowRankFactors
 from lowrank_bdl.linalg.inverse import InverseLowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.kl import kl_differentiable, kl_low_rank
@@ -83,6 +84,7 @@ def _expanded(sigma: StructuredLinearOperator, batch: torch.Size) -> LinearOpera
 
 
 def _kl_factors(p: LowRankFactors, q: LowRankFactors, mean_p: Tensor, mean_q: Tensor) -> Tensor:
+    require_float64(mean_p.device, "A KL divergence")
     tensors = (*vars(p).values(), *vars(q).values(), mean_p, mean_q)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return kl_differentiable(p, q, mean_p, mean_q)

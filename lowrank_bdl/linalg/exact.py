@@ -25,6 +25,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lowrank_bdl.errors import MemoryLimitError, NotPSDError, ShapeError
+from lowrank_bdl.linalg.devices import sums_device, to_float64
 from lowrank_bdl.linalg.indices import Index, plain_index, same_index
 
 DENSE_LIMIT_GIB = 4.0
@@ -73,7 +74,7 @@ class ExactLinearOperator(LinearOperator):
                 f"only up to {DENSE_SIZE} coordinates; got {self.shape[-1]}. Decompose its to_dense() yourself, or use "
                 "lanczos() for leading eigenvalues and lowrank_bdl.logdet() for estimates with an error bar."
             )
-        dense = self.to_dense().double()
+        dense = to_float64(self.to_dense())
         return self._symmetrized(dense, operation) if symmetric else dense
 
     def _symmetrized(self, dense: Tensor, operation: str) -> Tensor:
@@ -109,7 +110,7 @@ class ExactLinearOperator(LinearOperator):
         """
         dense = self._invertible("solve()")
         columns = right_tensor.unsqueeze(-1) if right_tensor.ndim == 1 else right_tensor
-        result: Tensor = torch.linalg.solve(dense, columns.double()).to(self.dtype)
+        result: Tensor = torch.linalg.solve(dense, to_float64(columns)).to(self.device, self.dtype)
         result = result.squeeze(-1) if right_tensor.ndim == 1 else result
         return result if left_tensor is None else left_tensor @ result
 
@@ -131,9 +132,9 @@ class ExactLinearOperator(LinearOperator):
             logdet: Whether to compute the log-determinant.
             reduce_inv_quad: Whether to sum over the S columns.
         """
-        value = log_determinant = torch.zeros((), dtype=torch.float64, device=self.device)
+        value = log_determinant = torch.zeros((), dtype=torch.float64, device=sums_device(self.device))
         if inv_quad_rhs is not None:
-            product = self.solve(inv_quad_rhs).double() * inv_quad_rhs
+            product = to_float64(self.solve(inv_quad_rhs)) * to_float64(inv_quad_rhs)
             value = product.sum(-1 if inv_quad_rhs.ndim == 1 else -2)
             value = value.sum(-1) if reduce_inv_quad and inv_quad_rhs.ndim > 1 else value
         return value, self._logdet() if logdet else log_determinant
@@ -157,7 +158,7 @@ class ExactLinearOperator(LinearOperator):
         r"""Return :math:`A^{-1/2} X` for ``rhs`` X; with ``lhs`` L, L times that and the diagonal of L A^-1 L'."""
         values, vectors = torch.linalg.eigh(self._dense("sqrt_inv_matmul()", symmetric=True))
         self._require_positive(values, "sqrt_inv_matmul()")
-        columns = (rhs.unsqueeze(-1) if rhs.ndim == 1 else rhs).double()
+        columns = to_float64(rhs.unsqueeze(-1) if rhs.ndim == 1 else rhs)
         result = vectors @ (values.rsqrt().unsqueeze(-1) * (vectors.mT @ columns))
         result = (result.squeeze(-1) if rhs.ndim == 1 else result).to(self.dtype)
         if lhs is None:
@@ -204,7 +205,7 @@ class ExactLinearOperator(LinearOperator):
         """Return the symmetric matrix in float64, also a large one: its decomposition was asked for."""
         self._require_square(operation)
         check_dense_size(self, DENSE_LIMIT_GIB)
-        return self._symmetrized(self.to_dense().double(), operation)
+        return self._symmetrized(to_float64(self.to_dense()), operation)
 
     def _cholesky(self, upper: bool | None = False) -> LinearOperator:
         factor, info = torch.linalg.cholesky_ex(self._large_dense("cholesky()"))
@@ -225,7 +226,7 @@ class ExactLinearOperator(LinearOperator):
 
     def _svd(self) -> tuple[LinearOperator, Tensor, LinearOperator]:
         check_dense_size(self, DENSE_LIMIT_GIB)
-        left, values, right = torch.linalg.svd(self.to_dense().double(), full_matrices=False)
+        left, values, right = torch.linalg.svd(to_float64(self.to_dense()), full_matrices=False)
         left, values, right = (part.to(self.dtype) for part in (left, values, right))
         return DenseLinearOperator(left), values, DenseLinearOperator(right.mT)
 

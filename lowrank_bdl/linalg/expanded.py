@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.linalg.columns import Fold
+from lowrank_bdl.linalg.devices import sums_device
 from lowrank_bdl.linalg.indices import Index
 from lowrank_bdl.linalg.structured import StructuredLinearOperator
 
@@ -102,7 +103,7 @@ class ExpandedLinearOperator(StructuredLinearOperator):
         self, inv_quad_rhs: Tensor | None = None, logdet: bool | None = False, reduce_inv_quad: bool | None = True
     ) -> tuple[Tensor, Tensor]:
         """Return quadratic forms and log-determinants, float64; see `ExactLinearOperator`."""
-        value = log_determinant = torch.zeros((), dtype=torch.float64, device=self.device)
+        value = log_determinant = torch.zeros((), dtype=torch.float64, device=sums_device(self.device))
         if inv_quad_rhs is not None:
             fold = Fold(inv_quad_rhs, self.expanded, torch.Size(), self.shape[-1])
             forms = self.base.inv_quad_logdet(fold.columns, reduce_inv_quad=False)[0]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowrank_bdl.linalg import compiled
 from lowrank_bdl.linalg.block_scaling import BLOCK, decode_rows
+from lowrank_bdl.linalg.devices import has_float64, in_dtype, sum_in_float64, sums_device, to_float64
 
 CPU_CHUNK = 16_384
 """Coordinates a chunk on a CPU where it is used twice: K x chunk floats stay in the second-level cache."""
@@ -75,8 +76,9 @@ class LowRankFactors:
         """Return the chunk of :math:`R^T`, shape ``(*B, K, n)``: a view where nothing has to be converted."""
         rows = self.root[..., part, :].mT
         if self.scale is not None:
-            return decode_rows(rows, self.scale, dtype, start=part.start)
-        return rows.to(dtype)
+            narrow = dtype if dtype is not torch.float64 or has_float64(rows.device) else torch.float32
+            return in_dtype(decode_rows(rows, self.scale, narrow, start=part.start), dtype)
+        return in_dtype(rows, dtype)
 
     def rows_at(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the columns of :math:`R^T` at ``index`` (n,), shape ``(*B, K, n)``."""
@@ -91,39 +93,40 @@ class LowRankFactors:
 
     def mix_transposed(self, columns: Tensor) -> Tensor:
         """Return :math:`M^T x` in float64 for ``columns`` x of shape ``(*B, K, S)``."""
-        mix = self.mix.double()
+        mix = to_float64(self.mix)
         return mix * columns if mix.ndim == 0 else mix.mT @ columns
 
     def mix_forward(self, columns: Tensor) -> Tensor:
         """Return :math:`M z` in float64 for ``columns`` z of shape ``(*B, R, S)``."""
-        mix = self.mix.double()
+        mix = to_float64(self.mix)
         return mix * columns if mix.ndim == 0 else mix @ columns
 
     def mixed_rows(self, part: slice, dtype: torch.dtype) -> Tensor:
         """Return the chunk of :math:`(R M)^T`, shape ``(*B, R, n)``."""
         rows = self.rows(part, dtype)
-        return rows * self.mix.to(dtype) if self.mix.ndim == 0 else self.mix.mT.to(dtype) @ rows
+        mix = in_dtype(self.mix, dtype, self.diag.device)
+        return rows * mix if self.mix.ndim == 0 else mix.mT @ rows
 
     def mixed_gram(self, gram: Tensor) -> Tensor:
         """Return :math:`M^T G M` in float64 for a K x K matrix G of the unmixed root."""
-        mix = self.mix.double()
+        mix = to_float64(self.mix)
         return mix.square() * gram if mix.ndim == 0 else mix.mT @ gram @ mix
 
     def zeros(self, *shape: int) -> Tensor:
         """Return float64 zeros of shape ``(*B, *shape)`` on this device: an accumulator."""
-        return torch.zeros((*self.batch_shape, *shape), dtype=torch.float64, device=self.diag.device)
+        return torch.zeros((*self.batch_shape, *shape), dtype=torch.float64, device=sums_device(self.diag.device))
 
 
 def inverse_std(diag: Tensor, dtype: torch.dtype, point_masses: bool = True) -> Tensor:
     """Return ``diag ** -1/2`` in ``dtype``, and zero at point masses (out of every sum) if there can be any."""
-    diag = diag.to(dtype)
+    diag = in_dtype(diag, dtype)
     inverse = diag.rsqrt()
     return inverse.masked_fill_(diag == 0, 0.0) if point_masses else inverse
 
 
 def inverse_variance(diag: Tensor, dtype: torch.dtype, point_masses: bool = True) -> Tensor:
     """Return ``1 / diag`` in ``dtype``, and zero at point masses, if there can be any."""
-    diag = diag.to(dtype)
+    diag = in_dtype(diag, dtype)
     inverse = diag.reciprocal()
     return inverse.masked_fill_(diag == 0, 0.0) if point_masses else inverse
 
@@ -151,7 +154,7 @@ def project(factors: LowRankFactors, columns: Tensor, dtype: torch.dtype | None 
         return compiled.project(factors.root, None, vector, None, dtype)[:-1].unsqueeze(-1)
     total = factors.zeros(factors.root.shape[-1], columns.shape[-1])
     for part in factors.chunks(max(1, columns.shape[-1]), dtype):
-        total += multiply(factors.rows(part, dtype), columns[..., part, :].to(dtype)).double()
+        total += to_float64(multiply(factors.rows(part, dtype), in_dtype(columns[..., part, :], dtype)))
     return total
 
 
@@ -180,6 +183,6 @@ SPLIT = 4
 def outer_product(rows: Tensor) -> Tensor:
     """Return ``rows @ rows.mT`` in float64 for ``rows`` of shape ``(*B, K, n)``."""
     if rows.shape[-1] % SPLIT:
-        return (rows @ rows.mT).double()
+        return to_float64(rows @ rows.mT)
     pieces: Tensor = rows.unflatten(-1, (SPLIT, -1)).movedim(-2, 0)
-    return (pieces @ pieces.mT).sum(0, dtype=torch.float64)
+    return sum_in_float64(pieces @ pieces.mT, 0)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
+from lowrank_bdl.linalg.devices import require_float64
 from lowrank_bdl.linalg.factors import LowRankFactors, gram
 from lowrank_bdl.linalg.moments import first_unusable
 
@@ -63,6 +64,7 @@ class FrequentDirectionsSketch:
             raise ValueError(f"dtype must be torch.float32 or torch.float64; got {dtype}.")
         self.sketch_size = sketch_size
         self._storage = torch.zeros((2 * sketch_size, numel), dtype=dtype, device=device)
+        require_float64(torch.empty(0, device=device).device, "A frequent-directions sketch")
         self.shrinkage = torch.zeros((), dtype=torch.float64, device=device)
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # rows filled, rows pushed
 

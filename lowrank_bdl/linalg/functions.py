@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from lowrank_bdl.linalg.capacitance import Capacitance, Projection
+from lowrank_bdl.linalg.devices import require_float64
 from lowrank_bdl.linalg.factors import LowRankFactors, inverse_std, project
 from lowrank_bdl.linalg.kernels import diagonal, lift_, matmul
 from lowrank_bdl.linalg.ridge import Ridge, ridge
@@ -184,6 +185,7 @@ class InvQuadLogdetFunction(Function):
     def backward(ctx: Any, grad_quadratic: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient to every argument, None where none was asked for."""
         factors, solution = _restore(ctx)
+        require_float64(solution.device, "The derivative of a density")
         needs, weights, dtype = ctx.needs_input_grad, ctx.weights, factors.diag.dtype
         scale = (2 * grad_quadratic).unsqueeze(-2)  # (*B, 1, S)
         columns = solution * scale.to(dtype) if needs[7] or needs[8] else None

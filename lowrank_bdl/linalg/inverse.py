@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from lowrank_bdl.errors import NotPSDError, ShapeError
-from lowrank_bdl.linalg.devices import generator_on
+from lowrank_bdl.linalg.devices import generator_on, to_float64
 from lowrank_bdl.linalg.factors import inverse_std
 from lowrank_bdl.linalg.indices import Index, all_distinct, positions, same_index
 from lowrank_bdl.linalg.operator_state import LowRankPlusDiagState
@@ -115,7 +115,7 @@ class InverseLowRankPlusDiagLinearOperator(StructuredLinearOperator):
         constant = torch.as_tensor(other, device=self.device)
         if not bool((constant > 0).all()):
             return super()._mul_constant(other)
-        return InverseLowRankPlusDiagLinearOperator(self.base._mul_constant(constant.double().reciprocal()))
+        return InverseLowRankPlusDiagLinearOperator(self.base._mul_constant(to_float64(constant).reciprocal()))
 
     def add_diagonal(self, diag: Tensor) -> LinearOperator:
         r"""Return :math:`\Sigma^{-1} + E`, an inverse again where :math:`E \ge 0`.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowrank_bdl.linalg import compiled
-from lowrank_bdl.linalg.devices import generator_on
+from lowrank_bdl.linalg.devices import generator_on, in_dtype, to_float64
 from lowrank_bdl.linalg.factors import LowRankFactors, only_column, project
 
 
@@ -26,7 +26,7 @@ def matmul(factors: LowRankFactors, columns: Tensor) -> Tensor:
     if vector is not None and factors.compiled(vector):
         compiled.lift(factors.root, factors.diag, vector, None, inner[:, 0], result[:, 0], std=False)
         return result
-    inner = inner.to(dtype)
+    inner = inner.to(columns.device, dtype)
     for part in factors.chunks(max(1, columns.shape[-1])):
         chunk = result[..., part, :]
         torch.mul(factors.diag[..., part, None], columns[..., part, :], out=chunk)
@@ -56,13 +56,13 @@ def diagonal(factors: LowRankFactors) -> Tensor:
 
     Cost: one read of the root, O(D K) time (O(D K R) with a matrix mix), no memory beyond the result and a chunk.
     """
-    dtype = factors.diag.dtype
+    dtype, place = factors.diag.dtype, factors.diag.device
     if factors.mix.ndim == 0 and factors.compiled():
         return compiled.diagonal(factors.root, factors.diag, float(factors.mix.double().square()))
     result = torch.empty_like(factors.diag, memory_format=torch.contiguous_format)
     for part in factors.chunks():
         if factors.mix.ndim == 0:
-            squares = factors.rows(part, dtype).square().sum(-2).mul_(factors.mix.to(dtype).square())
+            squares = factors.rows(part, dtype).square().sum(-2).mul_(in_dtype(factors.mix, dtype, place).square())
         else:
             squares = factors.mixed_rows(part, dtype).square().sum(-2)
         torch.add(factors.diag[..., part], squares, out=result[..., part])
@@ -89,7 +89,7 @@ def draw(
     dtype, device, batch = factors.diag.dtype, factors.diag.device, factors.batch_shape
     generator = generator_on(device, generator)
     low_rank = torch.randn((*batch, num_samples, factors.rank), dtype=dtype, device=device, generator=generator)
-    inner = factors.mix_forward(low_rank.mT.double()).to(dtype)  # (*B, K, S)
+    inner = factors.mix_forward(to_float64(low_rank.mT)).to(device, dtype)  # (*B, K, S)
     if _fusable(factors):
         from lowrank_bdl.linalg.fused_draw import fused_draw
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowrank_bdl.errors import NonFiniteError, NotPSDError, ShapeError
 from lowrank_bdl.linalg.columns import Fold
-from lowrank_bdl.linalg.devices import generator_on
+from lowrank_bdl.linalg.devices import generator_on, require_float64
 from lowrank_bdl.linalg.exact import DENSE_LIMIT_GIB, check_dense_size
 from lowrank_bdl.linalg.expanded import UnbatchedLinearOperator
 from lowrank_bdl.linalg.memory import require_memory
@@ -132,6 +132,8 @@ class KroneckerSpectralLinearOperator(UnbatchedLinearOperator):
     def to(self, *args: Any, **kwargs: Any) -> "KroneckerSpectralLinearOperator":
         """Move to a device, and give results in a dtype, as ``torch.Tensor.to``; what is stored stays float64."""
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if device is not None:
+            require_float64(device, "A Kronecker-factored operator")
         left, right = self.left_vectors.to(device=device), self.right_vectors.to(device=device)
         values = self.eigenvalues.to(device=device)
         return KroneckerSpectralLinearOperator(left, right, values, self.has_bias, dtype or self.dtype)

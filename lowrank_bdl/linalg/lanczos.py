@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.linalg import lanczos_checkpoint
-from lowrank_bdl.linalg.devices import generator_on
+from lowrank_bdl.linalg.devices import generator_on, sums_device
 from lowrank_bdl.linalg.lanczos_basis import LanczosBasis, norm
 from lowrank_bdl.linalg.lanczos_projection import Projection, Ritz, Wanted
 from lowrank_bdl.linalg.lanczos_run import LanczosRun, Operator
@@ -189,8 +189,14 @@ def lanczos(
         for i, row in enumerate(rows):
             residuals[i] = norm(run.apply(row[None])[0].sub(row, alpha=values[i].item()))
         count += len(rows)
-    converged = residuals <= tolerance * ritz.scale
-    return Eigenpairs(values.to(device), rows.mT, residuals.to(device), converged.to(device), count)
+    converged, place = residuals <= tolerance * ritz.scale, sums_device(device)
+    return Eigenpairs(
+        values.to(place),
+        rows.mT,
+        residuals.to(place),
+        converged.to(place),
+        count,
+    )
 
 
 def _iterate(

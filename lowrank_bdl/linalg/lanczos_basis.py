@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lowrank_bdl.linalg import compiled
+from lowrank_bdl.linalg.devices import in_dtype, sums_device, to_float64
 from lowrank_bdl.linalg.factors import CPU_CHUNK
 from lowrank_bdl.linalg.moments import column_chunks
 
@@ -93,7 +94,7 @@ class LanczosBasis:
         panels = [panel for _, panel in self._filled(first, last)]
         if len(vectors) == 1 and panels and all(compiled.applies(panel.mT, vectors[0]) for panel in panels):
             return _orthogonalize_one_(vectors[0], [panel.mT for panel in panels]).unsqueeze(-1)
-        total = torch.zeros(last - first, len(vectors), dtype=torch.float64, device=vectors.device)
+        total = torch.zeros(last - first, len(vectors), dtype=torch.float64, device=sums_device(vectors.device))
         removed: Tensor | None = None
         for sweep in range(3):
             found = torch.zeros_like(total)
@@ -104,9 +105,11 @@ class LanczosBasis:
                     for at, rows in blocks:
                         _subtract(chunk, rows, removed[at - first : at - first + len(rows)])
                 for at, rows in blocks if sweep < 2 else ():
-                    found[at - first : at - first + len(rows)] += _project(rows, chunk)
-            removed = found.to(self.work_dtype)
-            total += removed
+                    found[at - first : at - first + len(rows)] += in_dtype(
+                        _project(rows, chunk), self.work_dtype, total.device
+                    )
+            removed = found.to(vectors.device, self.work_dtype)
+            total += removed.to(total.device)
         return total
 
     def subtract_(self, vectors: Tensor, coefficients: Tensor) -> None:
@@ -204,7 +207,7 @@ def _orthogonalize_one_(vector: Tensor, roots: Sequence[Tensor]) -> Tensor:
 
 def norm(vector: Tensor) -> Tensor:
     """Return the 2-norm in float64, where squares of 1e-30 do not underflow; no copy of the vector in float64."""
-    chunks = (vector[part].double() for part in column_chunks(len(vector), vector.device))
+    chunks = (to_float64(vector[part]) for part in column_chunks(len(vector), vector.device))
     return torch.stack([chunk.dot(chunk) for chunk in chunks]).sum().sqrt()
 
 

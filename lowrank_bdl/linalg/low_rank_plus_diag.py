@@ -10,7 +10,7 @@ from torch import Tensor
 from lowrank_bdl.linalg import kernels
 from lowrank_bdl.linalg.capacitance import Capacitance, Projection, ZeroVarianceError
 from lowrank_bdl.linalg.columns import Fold
-from lowrank_bdl.linalg.devices import generator_on
+from lowrank_bdl.linalg.devices import generator_on, sums_device, to_float64
 from lowrank_bdl.linalg.exact import DENSE_LIMIT_GIB, check_dense_size
 from lowrank_bdl.linalg.factors import only_column, project
 from lowrank_bdl.linalg.functions import DiagonalFunction, InvQuadLogdetFunction, MatmulFunction, SolveFunction
@@ -121,7 +121,7 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
 
         Cost: a factorisation, once, and two reads of the root.
         """
-        value = log_determinant = torch.zeros((), dtype=torch.float64, device=self.device)
+        value = log_determinant = torch.zeros((), dtype=torch.float64, device=sums_device(self.device))
         if inv_quad_rhs is None and logdet:
             empty = self.diag.new_empty((*self._core.batch_shape, self.shape[-1], 0))
             log_determinant = self._inv_quad_logdet(empty, None)[1].expand(self.batch_shape)
@@ -188,7 +188,7 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
     def lift(self, columns: Tensor) -> Tensor:
         """Return ``R M Z``, shape ``(*B, D, S)``, for ``columns`` Z of shape ``(*B, R, S)``, in this dtype."""
         factors = self.factors
-        inner = factors.mix_forward(columns.double()).to(self.dtype)
+        inner = factors.mix_forward(to_float64(columns)).to(self.device, self.dtype)
         parts = [factors.rows(part, self.dtype).mT @ inner for part in factors.chunks()]
         return torch.cat(parts, dim=-2)
 

@@ -15,6 +15,7 @@ from typing_extensions import Self
 from lowrank_bdl.errors import ShapeError, StaleError
 from lowrank_bdl.linalg.block_scaling import num_blocks
 from lowrank_bdl.linalg.capacitance import Capacitance, Projection, factorize
+from lowrank_bdl.linalg.devices import in_dtype, sums_device
 from lowrank_bdl.linalg.factors import LowRankFactors
 from lowrank_bdl.linalg.ridge import Ridge
 from lowrank_bdl.linalg.structured import StructuredLinearOperator
@@ -40,7 +41,7 @@ class LowRankPlusDiagState(StructuredLinearOperator, LowRankRootAddedDiagLinearO
         if root.device != diag.device:
             raise ShapeError(f"root and diag must be on one device; got {root.device} and {diag.device}.")
         if mix is None or not isinstance(mix, Tensor):
-            mix = torch.tensor(1.0 if mix is None else mix, dtype=torch.float64, device=diag.device)
+            mix = torch.tensor(1.0 if mix is None else mix, dtype=torch.float64, device=sums_device(diag.device))
         if mix.ndim and (mix.ndim < 2 or mix.shape[-2] != root.shape[-1]):
             raise ShapeError(f"mix must be a scalar or (*B, {root.shape[-1]}, R); got {tuple(mix.shape)}.")
         blocks = num_blocks(diag.shape[-1])
@@ -206,7 +207,7 @@ class LowRankPlusDiagState(StructuredLinearOperator, LowRankRootAddedDiagLinearO
 
     def _mixed_root(self) -> Tensor:
         root = self._decoded().root.to(self.dtype)
-        mix = self.mix.to(self.dtype)
+        mix = in_dtype(self.mix, self.dtype, self.device)
         return root * mix if mix.ndim == 0 else root @ mix
 
     def _decoded(self) -> Self:

@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.linalg.devices import in_dtype, sums_device, to_float64
 from lowrank_bdl.linalg.indices import Index, all_distinct, positions, same_index
 from lowrank_bdl.linalg.operator_state import LowRankPlusDiagState
 from lowrank_bdl.linalg.structured import LinearOperatorBlock, ScaledLinearOperator
@@ -25,18 +26,18 @@ class LowRankPlusDiagStructure(LowRankPlusDiagState):
 
     def _mul_constant(self, other: float | Tensor) -> LinearOperator:
         _ = self.factors
-        constant = torch.as_tensor(other, device=self.device)
+        constant = torch.as_tensor(other, device=sums_device(self.device))
         if bool((constant == 0).all()):
             return ZeroLinearOperator(*self.shape, dtype=self.dtype, device=self.device)
         if not bool((constant > 0).all()):
-            return ScaledLinearOperator(self, constant.to(self.dtype))
-        root = constant.double().sqrt()
+            return ScaledLinearOperator(self, in_dtype(constant, self.dtype, self.device))
+        root = to_float64(constant).sqrt()
         mix = self.mix
         if constant.ndim:
-            eye = torch.eye(self.root.shape[-1], dtype=torch.float64, device=self.device)
+            eye = torch.eye(self.root.shape[-1], dtype=torch.float64, device=self.mix.device)
             mix = mix.double() * eye if mix.ndim == 0 else mix
             root = root[..., None, None]
-        diag = self.diag * (constant[..., None] if constant.ndim else constant).to(self.dtype)
+        diag = self.diag * in_dtype(constant[..., None] if constant.ndim else constant, self.dtype, self.device)
         return self._derived(self.root, diag, mix * root, self.root_scale)
 
     def add_diagonal(self, diag: Tensor) -> Self:
@@ -106,7 +107,7 @@ class LowRankPlusDiagStructure(LowRankPlusDiagState):
     def _mix_matrix(self) -> Tensor:
         if self.mix.ndim:
             return self.mix.double()
-        return self.mix.double() * torch.eye(self.root.shape[-1], dtype=torch.float64, device=self.device)
+        return self.mix.double() * torch.eye(self.root.shape[-1], dtype=torch.float64, device=self.mix.device)
 
     def _sum_batch(self, dim: int) -> LinearOperator:
         terms = self._map(lambda t: t.movedim(dim, 0))
@@ -185,7 +186,7 @@ class LowRankPlusDiagStructure(LowRankPlusDiagState):
         root = self._decoded().factors.root
         left_index, right_index = (*batch_indices, row_index), (*batch_indices, col_index)
         left, right = root[left_index], root[right_index]
-        mix = self._mix_matrix().to(self.dtype)
+        mix = in_dtype(self._mix_matrix(), self.dtype, self.device)
         mix = mix[batch_indices] if batch_indices and mix.ndim > 2 else mix
         left, right = ((side.to(self.dtype).unsqueeze(-2) @ mix).squeeze(-2) for side in (left, right))
         on_diagonal = torch.where(row_index == col_index, self.diag[left_index], 0.0)
@@ -204,7 +205,7 @@ class LowRankPlusDiagStructure(LowRankPlusDiagState):
         narrower = dtype is not None and self.root.dtype.itemsize > dtype.itemsize
         root = self.root.to(device=device, dtype=dtype if narrower else None)
         scale = None if self.root_scale is None else self.root_scale.to(device=device)
-        return self._derived(root, diag, self.mix.to(device=device), scale)
+        return self._derived(root, diag, self.mix.to(device=None if device is None else sums_device(device)), scale)
 
     def type(self, dtype: torch.dtype) -> Self:
         """Compute in another dtype; see `to`."""

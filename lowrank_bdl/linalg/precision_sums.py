@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowrank_bdl.errors import NotPSDError
 from lowrank_bdl.linalg.capacitance import checked_cholesky
+from lowrank_bdl.linalg.devices import to_float64
 from lowrank_bdl.linalg.indices import Index
 from lowrank_bdl.linalg.operator_structure import LowRankPlusDiagStructure, block_diagonal
 
@@ -115,7 +116,7 @@ def _whitened(terms: tuple[LowRankPlusDiagStructure, ...], mixes: tuple[Tensor, 
     gram = first.zeros(count, count)
     for part in first.chunks():
         rows = torch.cat([term.factors.rows(part, torch.float64) for term in terms], dim=-2)
-        gram = gram + (rows * weight[..., None, part].double()) @ rows.mT
+        gram = gram + (rows * to_float64(weight[..., None, part])) @ rows.mT
     signed = block_diagonal([mix if number == 0 else -mix for number, mix in enumerate(mixes)])
     factor, amplification = checked_cholesky(signed.mT @ gram @ signed)
     lost = torch.finfo(torch.float64).eps * amplification

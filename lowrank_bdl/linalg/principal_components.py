@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lowrank_bdl.errors import NonFiniteError, NotConvergedError, ShapeError
 from lowrank_bdl.linalg import compiled
+from lowrank_bdl.linalg.devices import in_dtype
 from lowrank_bdl.linalg.factors import LowRankFactors, gram
 from lowrank_bdl.linalg.lanczos import lanczos
 from lowrank_bdl.linalg.operator_state import LowRankPlusDiagState
@@ -125,5 +126,5 @@ def rotate(factors: LowRankFactors, inner: Tensor, dtype: torch.dtype) -> Tensor
         return compiled.rotate(factors.root, inner.mT, dtype).mT
     directions = torch.empty(inner.shape[-1], factors.dim, dtype=factors.diag.dtype, device=factors.diag.device)
     for part in factors.chunks():
-        directions[:, part] = inner.mT.to(dtype) @ factors.rows(part, dtype)
+        directions[:, part] = in_dtype(inner.mT, dtype, factors.diag.device) @ factors.rows(part, dtype)
     return directions.mT

@@ -9,7 +9,7 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
-from lowrank_bdl.linalg.devices import generator_on
+from lowrank_bdl.linalg.devices import generator_on, require_float64
 from lowrank_bdl.linalg.memory import require_memory
 
 Matrix: TypeAlias = LinearOperator | Tensor | Callable[[Tensor], Tensor]
@@ -118,6 +118,7 @@ class ProbedMatrix:
             raise TypeError(f"the matrix must hold real floating-point numbers; got {self.dtype}.")
         self.work_dtype = torch.promote_types(self.dtype, torch.float32)
         self.device = torch.empty(0, device=device).device
+        require_float64(self.device, "A stochastic estimate")
 
     def probes(self, count: int, generator: torch.Generator | None) -> Tensor:
         """Return rows of random signs, shape ``(count, D)``: each row is drawn for itself, whatever ``count`` is."""

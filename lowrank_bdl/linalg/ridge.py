@@ -22,6 +22,7 @@ from torch import Tensor
 from lowrank_bdl.errors import NotPSDError
 from lowrank_bdl.linalg import compiled
 from lowrank_bdl.linalg.capacitance import Capacitance, Projection, factorize
+from lowrank_bdl.linalg.devices import in_dtype, sum_in_float64, to_float64
 from lowrank_bdl.linalg.factors import LowRankFactors, inverse_std, inverse_variance, multiply, only_column
 from lowrank_bdl.linalg.kernels import lift_
 from lowrank_bdl.linalg.stiff import stiff_ridge
@@ -110,7 +111,8 @@ def ridge(
         if _error(start, quadratic, residual if solve else None, capacitance, factors, dtype) < 1.0:
             break
     else:
-        centred = columns.double() if mean is None else columns.double() - mean.double().unsqueeze(-1)
+        wide = to_float64(columns)
+        centred = wide if mean is None else wide - to_float64(mean).unsqueeze(-1)
         quadratic, weights = stiff_ridge(factors, centred)
         residual = _residual(factors, capacitance, weights, columns, mean, torch.float64, solve)
         solution = residual.solution
@@ -123,7 +125,8 @@ def ridge(
             )
     if capacitance.point_mass is not None:
         off = columns != (0 if mean is None else mean.unsqueeze(-1))
-        quadratic = quadratic.masked_fill((off & capacitance.point_mass.unsqueeze(-1)).any(-2), math.inf)
+        off = (off & capacitance.point_mass.unsqueeze(-1)).any(-2)
+        quadratic = quadratic.masked_fill(off.to(quadratic.device), math.inf)
     return Ridge(quadratic, weights, solution, capacitance)
 
 
@@ -191,7 +194,7 @@ def _residual(
     if vector is not None and factors.compiled(vector, mean):
         sums, quotient = compiled.residual(factors.root, factors.diag, vector, mean, inner[:, 0], dtype, solve)
         return _Residual(sums[:1], None if quotient is None else quotient.unsqueeze(-1), sums[1:2], sums[2:])
-    inner = inner.to(dtype)
+    inner = in_dtype(inner, dtype, factors.diag.device)
     square, solution_square, solution_start = (factors.zeros(count) for _ in range(3))
     solution = None
     if solve:
@@ -226,21 +229,22 @@ def _weighted_projection(
     masses = capacitance.point_mass is not None
     for part in factors.chunks(max(1, columns.shape[-1]), dtype):
         weight = inverse_variance(factors.diag[..., part], dtype, masses).unsqueeze(-1)
-        chunk = columns[..., part, :].to(dtype) if mean is None else _centre(columns, mean, part, dtype)
+        chunk = in_dtype(columns[..., part, :], dtype) if mean is None else _centre(columns, mean, part, dtype)
         weighted = chunk * weight
-        total += multiply(factors.rows(part, dtype), weighted).double()
-        norm += torch.linalg.vecdot(weighted, chunk, dim=-2).double()
+        total += to_float64(multiply(factors.rows(part, dtype), weighted))
+        norm += to_float64(torch.linalg.vecdot(weighted, chunk, dim=-2))
     return total, norm
 
 
 def sum_of_squares(columns: Tensor) -> Tensor:
     """Return the sum over the second-last axis of the squares: products in the dtype given, the sum in float64."""
-    return columns.square().sum(-2, dtype=torch.float64)
+    return sum_in_float64(columns.square(), -2)
 
 
 def _centre(columns: Tensor, mean: Tensor | None, part: slice, dtype: torch.dtype) -> Tensor:
     """Return a fresh chunk of ``columns - mean``, subtracted in ``dtype``."""
     chunk = columns[..., part, :]
     if mean is None:
-        return chunk.to(dtype, copy=True)
-    return chunk.to(dtype) - mean[..., part, None].to(dtype)
+        fresh = in_dtype(chunk, dtype)
+        return fresh.clone() if fresh is chunk else fresh
+    return in_dtype(chunk, dtype) - in_dtype(mean[..., part, None], dtype)

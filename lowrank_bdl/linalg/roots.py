@@ -20,6 +20,7 @@ from torch.autograd.function import Function, once_differentiable
 
 from lowrank_bdl.errors import NotPSDError
 from lowrank_bdl.linalg.columns import Fold
+from lowrank_bdl.linalg.devices import in_dtype, to_float64
 from lowrank_bdl.linalg.factors import inverse_std
 from lowrank_bdl.linalg.indices import Index
 from lowrank_bdl.linalg.operator_state import LowRankPlusDiagState
@@ -61,8 +62,8 @@ def apply_root_(core: LowRankPlusDiagState, columns: Tensor, inverse: bool, tran
         chunk = columns[..., part, :]
         if transposed:
             chunk.mul_(scale if inverse else factors.diag[..., part, None].sqrt())
-        total += (factors.rows(part, dtype) @ (chunk * scale)).double()
-    inner = factors.mix_forward(inner @ factors.mix_transposed(total)).to(dtype)
+        total += to_float64(factors.rows(part, dtype) @ (chunk * scale))
+    inner = in_dtype(factors.mix_forward(inner @ factors.mix_transposed(total)), dtype, columns.device)
     for part in factors.chunks():
         scale = inverse_std(factors.diag[..., part], dtype).unsqueeze(-1)
         chunk = columns[..., part, :]

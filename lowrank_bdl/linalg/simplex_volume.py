@@ -10,6 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.linalg.devices import require_float64
 from lowrank_bdl.linalg.moments import column_chunks
 
 
@@ -65,6 +66,7 @@ def log_simplex_volume(vertices: "Tensor | Sequence[Tensor]") -> Tensor:
                 f"got {tuple(first.shape)} {first.dtype} {first.device} "
                 f"and {tuple(corner.shape)} {corner.dtype} {corner.device}."
             )
+    require_float64(first.device, "The volume of a simplex")
     if len(corners) == 1:
         return torch.zeros(first.shape[:-1], dtype=torch.float64, device=first.device)
     value: Tensor = _LogVolume.apply(*corners)

@@ -20,6 +20,7 @@ from linear_operator.operators import (
 from torch import Tensor
 
 from lowrank_bdl.errors import NotPSDError, ShapeError
+from lowrank_bdl.linalg.devices import sums_device
 from lowrank_bdl.linalg.exact import ExactLinearOperator
 from lowrank_bdl.linalg.indices import Index, positions, same_index
 
@@ -199,7 +200,7 @@ class ScaledLinearOperator(_OfParts):
         self, inv_quad_rhs: Tensor | None = None, logdet: bool | None = False, reduce_inv_quad: bool | None = True
     ) -> tuple[Tensor, Tensor]:
         """Return the quadratic forms of A over c, and the log-determinant; see `ExactLinearOperator`."""
-        value = log_determinant = torch.zeros((), dtype=torch.float64, device=self.device)
+        value = log_determinant = torch.zeros((), dtype=torch.float64, device=sums_device(self.device))
         if inv_quad_rhs is not None:
             forms = self.base.inv_quad_logdet(inv_quad_rhs, reduce_inv_quad=reduce_inv_quad)[0]
             unreduced = inv_quad_rhs.ndim > 1 and not reduce_inv_quad

@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
+from lowrank_bdl.linalg.devices import sums_device, to_float64
 from lowrank_bdl.parameters.functional import CallFn, FunctionalModel, StatelessModel, evaluation_mode
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.norm_layers import LayerSelector, tracking_layers, warn_of_other_layers
@@ -37,7 +38,7 @@ class _LayerStatistics:
         self.calls = [0] * num_samples
         self.counts = [0] * num_samples
         channels = (num_samples, module.num_features)
-        self.mean = torch.zeros(channels, dtype=torch.float64, device=self._own("running_mean").device)
+        self.mean = torch.zeros(channels, dtype=torch.float64, device=sums_device(self._own("running_mean").device))
         self.sum_sq = torch.zeros_like(self.mean)
 
     def _own(self, key: str) -> Tensor:
@@ -55,9 +56,9 @@ class _LayerStatistics:
         at_least_single = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
         variance, mean = torch.var_mean(at_least_single, [0, *range(2, inputs.ndim)], correction=0)
         total = self.counts[sample] + size
-        delta = mean.double() - self.mean[sample]
+        delta = to_float64(mean) - self.mean[sample]
         self.mean[sample] += delta * (size / total)
-        self.sum_sq[sample] += variance.double() * size + delta.square() * (self.counts[sample] * (size / total))
+        self.sum_sq[sample] += to_float64(variance) * size + delta.square() * (self.counts[sample] * (size / total))
         self.counts[sample] = total
         self.calls[sample] += 1
 
@@ -71,8 +72,8 @@ class _LayerStatistics:
             if getattr(self.module, key) is None:  # modules pickled by old versions of torch do not count batches
                 continue
             own = self._own(key)
-            was_called = (called > 0).view(-1, *[1] * own.ndim)
-            result[key] = torch.where(was_called, value.to(own.dtype), own)
+            was_called = (called > 0).view(-1, *[1] * own.ndim).to(own.device)
+            result[key] = torch.where(was_called, value.to(own.device, own.dtype), own)
             if not bool(result[key].isfinite().all()):
                 sample = int(result[key].isfinite().flatten(1).all(1).int().argmin())
                 raise NonFiniteError(

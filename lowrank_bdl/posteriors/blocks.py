@@ -10,6 +10,7 @@ from typing_extensions import Self
 
 from lowrank_bdl.errors import CheckpointError, ShapeError
 from lowrank_bdl.linalg.block_diagonal import BlockDiagonalLinearOperator
+from lowrank_bdl.linalg.devices import to_float64
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.posteriors.gaussian import GaussianPosterior, check_same_parameters, kl_divergence, sample_size
 from lowrank_bdl.posteriors.parts import BLOCK, Block, means_of
@@ -180,7 +181,7 @@ class BlockPosterior(StoredPosterior, kind="block posterior"):
         return zip(self.blocks, self.slices, strict=True)
 
     def _sum(self, term: Callable[[Block, slice], Tensor]) -> Tensor:
-        return torch.stack([term(block, where).double() for block, where in self._parts()]).sum(0)
+        return torch.stack([to_float64(term(block, where)) for block, where in self._parts()]).sum(0)
 
     # ---- conversions and files ----------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lowrank_bdl.errors import ShapeError
-from lowrank_bdl.linalg.devices import generator_on
+from lowrank_bdl.linalg.devices import generator_on, sums_device, to_float64
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
 from lowrank_bdl.posteriors.gaussian import sample_size
@@ -75,7 +75,7 @@ class MixturePosterior(StoredPosterior, kind="mixture posterior"):
             flat += component.components if inside else [component]  # type: ignore[attr-defined]
             fractions += [share * w for w in component.weights.tolist()] if inside else [share]  # type: ignore[attr-defined]
         self.components: tuple[Component, ...] = tuple(flat)
-        self.weights = torch.tensor(fractions, dtype=torch.float64, device=means[0].device)
+        self.weights = torch.tensor(fractions, dtype=torch.float64, device=sums_device(means[0].device))
         self.provenance: dict[str, Any] = dict(provenance or {})
         self._shares = fractions
         self._order: list[int] = []
@@ -178,7 +178,7 @@ class MixturePosterior(StoredPosterior, kind="mixture posterior"):
 
         Cost: that of the M components.
         """
-        terms = torch.stack([component.log_prob(theta).double() for component in self.components])
+        terms = torch.stack([to_float64(component.log_prob(theta)) for component in self.components])
         terms = terms + self.weights.log().view(-1, *(1,) * (terms.ndim - 1))
         free = self._free_coordinates().view(-1, *(1,) * (terms.ndim - 1))
         if bool((free != free[:1]).any()):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from lowrank_bdl.linalg.devices import sums_device
 from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.memory import require_memory
 from lowrank_bdl.linalg.moments import StreamingMoments
@@ -336,7 +337,7 @@ class SWAG(OwnTensors):
             rows: How many of the newest iterates make the low-rank part, an unstored zero row of the first included.
             last: Number T of the newest iterate, so that the newest row is that of iterate T.
         """
-        place = self.storage.device
+        place = sums_device(self.storage.device)
         stored = min(len(buffer), rows)
         if stored == 0:
             return slice(0, 0), torch.ones((), dtype=torch.float64, device=place)
@@ -355,7 +356,7 @@ class SWAG(OwnTensors):
             # the first iterate has no running deviation, but it has a final one while it is inside the window
             combination = torch.cat([-steps[:, None], full], dim=1) if rows > stored else full
         mix = torch.zeros((high - low, combination.shape[1]), dtype=torch.float64, device=place)
-        mix[buffer.age_order()[-stored:] - low] = combination
+        mix[torch.tensor(kept, device="cpu") - low] = combination
         return slice(low, high), mix
 
     def to_averaged_model(self, model: nn.Module) -> AveragedModel:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Normal
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
+from lowrank_bdl.linalg.devices import sums_device, to_float64
 from lowrank_bdl.parameters.likelihoods import align_targets, base_distribution
 from lowrank_bdl.prediction.predictive import Predictive
 
@@ -43,7 +44,7 @@ def _entropy(kind: type[Distribution], mean: Tensor, variance: Tensor | None) ->
 
 def _own_entropy(distribution: Distribution) -> Tensor | None:
     try:
-        entropy: Tensor = distribution.entropy().double()
+        entropy: Tensor = to_float64(distribution.entropy())
         return entropy
     except NotImplementedError:
         return None
@@ -85,12 +86,12 @@ class BatchAverage:
                 f"Every sample's prediction must have shape {tuple(self._mean.shape)}; got {tuple(mean.shape)}."
             )
         self._count += 1
-        exact, variance = mean.double(), None
+        exact, variance = to_float64(mean), None
         unusable = exact.isnan().any()
         delta = exact - self._mean
         self._mean += delta / self._count
         if self._is_numeric:
-            variance = distribution.variance.double()
+            variance = to_float64(distribution.variance)
             if issubclass(self._kind, Normal):
                 unusable = unusable | ~(variance > 0).all()
             self._sum_sq += delta * (exact - self._mean)
@@ -108,8 +109,8 @@ class BatchAverage:
         self._kind = type(base)
         self._is_numeric = not isinstance(base, Categorical)
         self._batch_ndim = len(distribution.batch_shape)
-        self._dtype = mean.dtype
-        self._mean = torch.zeros_like(mean, dtype=torch.float64)
+        self._dtype, self._device = mean.dtype, mean.device
+        self._mean = torch.zeros(mean.shape, dtype=torch.float64, device=sums_device(mean.device))
         if self._is_numeric:
             self._sum_sq = torch.zeros_like(self._mean)
             self._variance = torch.zeros_like(self._mean)
@@ -148,7 +149,9 @@ class BatchAverage:
             "expected_entropy": expected,
             "mutual_information": None if entropy is None or expected is None else entropy - expected,
         }
-        return {name: None if value is None else value.to(self._dtype) for name, value in sums.items()} | {
+        return {
+            name: None if value is None else value.to(self._device, self._dtype) for name, value in sums.items()
+        } | {
             "sample_log_likelihood": torch.stack(self._log_likelihoods) if self._log_likelihoods else None,
             "sample_means": torch.stack(self._means) if self._means else None,
             "targets": self._targets,

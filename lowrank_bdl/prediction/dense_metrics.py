@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lowrank_bdl.errors import LowRankBDLError, ShapeError
+from lowrank_bdl.linalg.devices import to_float64
 from lowrank_bdl.prediction import metrics
 from lowrank_bdl.prediction.metrics import ReliabilityCurve
 
@@ -83,14 +84,14 @@ class DenseMetrics:
         if log_likelihood is None:
             nll = metrics.nll(p, classes) * len(classes)
         else:
-            nll = -log_likelihood[chosen].double().sum().item()
+            nll = -to_float64(log_likelihood[chosen]).sum().item()
         pairs = classes * self.num_classes + p.argmax(-1)
         counts = torch.bincount(pairs, minlength=self.num_classes**2).view_as(self.confusion)
         sums = torch.stack([curve.confidence, curve.accuracy]).nan_to_num(0.0) * curve.count
-        # what was counted before follows the predictions to their device
-        self.confusion = self.confusion.to(p.device) + counts
-        self._bins = self._bins.to(p.device) + sums
-        self._bin_count = self._bin_count.to(p.device) + curve.count
+        place = sums.device  # what was counted before follows the predictions to their device, if that has float64
+        self.confusion = self.confusion.to(place) + counts.to(place)
+        self._bins = self._bins.to(place) + sums
+        self._bin_count = self._bin_count.to(place) + curve.count
         self._nll += nll
         self._brier += metrics.brier(p, classes) * len(classes)
 

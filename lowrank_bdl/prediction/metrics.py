@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
+from lowrank_bdl.linalg.devices import to_float64
 
 
 def checked_probabilities(probs: Tensor) -> Tensor:
@@ -27,7 +28,7 @@ def checked_probabilities(probs: Tensor) -> Tensor:
     """
     if probs.ndim < 2 or probs.numel() == 0:
         raise ShapeError(f"probs must have shape (..., C) with the classes last; got {tuple(probs.shape)}.")
-    p = probs.detach().double().flatten(0, -2)
+    p = to_float64(probs.detach()).flatten(0, -2)
     if not bool(p.isfinite().all()):
         raise NonFiniteError("probs must be finite; got NaN or infinite values.")
     rounding = 4 * torch.finfo(probs.dtype).eps * p.shape[1] ** 0.5 + 1e-6
@@ -58,7 +59,8 @@ def checked_targets(probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         )
     if targets.is_floating_point():
         raise ShapeError(f"targets must be integer class indices; got {targets.dtype}.")
-    p, classes = checked_probabilities(probs), targets.flatten().long()
+    p = checked_probabilities(probs)
+    classes = targets.to(p.device).flatten().long()
     if not bool(((classes >= 0) & (classes < p.shape[1])).all()):
         low, high = classes.min().item(), classes.max().item()
         raise ShapeError(f"targets must be in [0, {p.shape[1]}); got values from {low} to {high}.")
@@ -235,7 +237,7 @@ def _checked_scores(
 ) -> tuple[Tensor, Tensor]:
     scores = []
     for name, tensor in zip(names, (negatives, positives), strict=True):
-        flat = tensor.detach().double().flatten()
+        flat = to_float64(tensor.detach()).flatten()
         if flat.numel() == 0:
             raise ShapeError(f"{name} must hold at least one score; got none.")
         if bool(flat.isnan().any()):

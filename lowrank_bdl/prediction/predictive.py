@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lowrank_bdl.errors import LowRankBDLError
+from lowrank_bdl.linalg.devices import sums_device, to_float64
 from lowrank_bdl.prediction import metrics
 
 
@@ -58,20 +59,20 @@ class Predictive:
     def log_likelihood(self) -> Tensor:
         """Log of the mean likelihood, log p(y_n | x_n) of the mixture itself, ``(N,)`` [nats]; no mean of logs."""
         _, per_sample = self._labelled()
-        mixture: Tensor = per_sample.double().logsumexp(0) - math.log(self.num_samples)
+        mixture: Tensor = to_float64(per_sample).logsumexp(0) - math.log(self.num_samples)
         return mixture.to(per_sample.dtype)
 
     @property
     def nll(self) -> float:
         """Mean negative log-likelihood of the mixture per example [nats]."""
-        return -self.log_likelihood.double().mean().item()
+        return -to_float64(self.log_likelihood).mean().item()
 
     @property
     def nll_by_num_samples(self) -> Tensor:
         """The nll of the first 1, 2, ..., S samples, ``(S,)`` float64 [nats]."""
         _, per_sample = self._labelled()
-        sizes = torch.arange(1, self.num_samples + 1, dtype=torch.float64, device=per_sample.device)
-        mixtures = per_sample.double().flatten(1).logcumsumexp(0) - sizes.log().unsqueeze(-1)
+        sizes = torch.arange(1, self.num_samples + 1, dtype=torch.float64, device=sums_device(per_sample.device))
+        mixtures = to_float64(per_sample).flatten(1).logcumsumexp(0) - sizes.log().unsqueeze(-1)
         return -mixtures.mean(1)
 
     @property

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.linalg.devices import to_float64
 from lowrank_bdl.prediction.metrics import checked_probabilities, checked_targets
 from lowrank_bdl.prediction.predictive import Predictive
 
@@ -22,7 +23,7 @@ def _require_positive(temperature: float) -> float:
 def _log(probabilities: Tensor) -> Tensor:
     """Logarithms in float64; what underflowed to 0 counts as the smallest normal number of its dtype."""
     floor = torch.finfo(probabilities.dtype).tiny
-    return probabilities.detach().double().clamp(min=floor).log()
+    return to_float64(probabilities.detach()).clamp(min=floor).log()
 
 
 def _pair(given: "Tensor | Predictive", targets: Tensor | None) -> tuple[Tensor, Tensor]:

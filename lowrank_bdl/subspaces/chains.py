@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lowrank_bdl.errors import CheckpointError, NonFiniteError, ShapeError
+from lowrank_bdl.linalg.devices import generator_on, sums_device, to_float64
 from lowrank_bdl.linalg.files import read_tensors, write_tensors
 from lowrank_bdl.subspaces.draws import Draws
 from lowrank_bdl.subspaces.log_joint import Target
@@ -59,11 +60,11 @@ class CountedTarget:
         self.num_evaluations += len(z)
         if values.shape != z.shape[:1]:
             raise ShapeError(f"log_likelihood must give {(len(z),)} of z {tuple(z.shape)}; got {tuple(values.shape)}.")
-        return values.double()
+        return to_float64(values)
 
     def log_prior(self, z: Tensor) -> Tensor:
         """Return the prior's log-densities of ``(S, k)`` coordinates, shape ``(S,)``, float64."""
-        return self._target.log_prior(z).double()
+        return to_float64(self._target.log_prior(z))
 
     def estimate(self, z: Tensor, generator: torch.Generator) -> Tensor:
         """Return estimates of :meth:`log_likelihood` from one batch, which ``generator`` chooses.
@@ -75,7 +76,7 @@ class CountedTarget:
         if not callable(estimate):
             raise TypeError(f"minibatches need estimate_log_likelihood; {type(self._target).__name__} has none.")
         values: Tensor = estimate(z, generator)
-        return values.double()
+        return to_float64(values)
 
     def gradient(self, z: Tensor, generators: "Sequence[torch.Generator] | None" = None) -> tuple[Tensor, Tensor]:
         """Return the log-likelihood of ``(S, k)`` coordinates, and the gradient of the log-joint ``(S, k)``.
@@ -200,7 +201,8 @@ def seeded(generator: "torch.Generator | None", count: int) -> list[torch.Genera
         generator: The source, and where they draw; None takes torch's global generator, on the CPU.
         count: How many.
     """
-    device = torch.device("cpu") if generator is None else generator.device
+    device = torch.device("cpu") if generator is None else sums_device(generator.device)
+    generator = generator_on(device, generator)
     seeds = [int(torch.randint(2**62, (), generator=generator, device=device).item()) for _ in range(count)]
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 

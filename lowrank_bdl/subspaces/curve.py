@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.linalg.devices import require_float64
 from lowrank_bdl.linalg.moments import column_chunks
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.subspaces.subspace import Subspace
@@ -48,6 +49,7 @@ def curve_subspace(points: Tensor, layout: ParameterLayout | None = None, *, con
         raise ShapeError(f"points must be real (n, D) with n >= 3; got {tuple(points.shape)} {points.dtype}.")
     points, n = points.detach(), len(points)
     dtype = torch.promote_types(points.dtype, torch.float32)
+    require_float64(points.device, "The subspace of a curve")
     curve = _bernstein(n) if control_points else torch.eye(n, dtype=torch.float64)
     order = [n - 1, *range(1, n - 1)]
     steps = (curve[order] - curve[:1]).to(points.device)  # rows sum to 0: w_1 may be subtracted from every point first

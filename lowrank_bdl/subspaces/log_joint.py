@@ -20,6 +20,7 @@ from lowrank_bdl.curvature.loss_gradients import (
     split_batch,
 )
 from lowrank_bdl.errors import LowRankBDLError, ShapeError
+from lowrank_bdl.linalg.devices import sums_device, to_float64
 from lowrank_bdl.parameters.batch_norm import recalibrate_batch_norm
 from lowrank_bdl.parameters.functional import CallFn, FunctionalModel, is_plain_perceptron
 from lowrank_bdl.parameters.layout import ParameterLayout
@@ -88,7 +89,7 @@ def gaussian_log_prior(z: Tensor, prior_std: float) -> Tensor:
         tensor(-1.8379, dtype=torch.float64)
     """
     constant = z.shape[-1] * (math.log(prior_std) + 0.5 * math.log(2 * math.pi))
-    return -0.5 * (z.double() / prior_std).square().sum(-1) - constant
+    return -0.5 * (to_float64(z) / prior_std).square().sum(-1) - constant
 
 
 class _WithGradient(torch.autograd.Function):
@@ -314,7 +315,7 @@ class LogJoint:
             if not isinstance(self._likelihood, CategoricalLikelihood):
                 return self._over(z, self._data, keep=True)
             device = self._network.stateless.device
-            return self._over(z, self._data, keep=False, thresholds=thresholds.to(device or z.device))
+            return self._over(z, self._data, keep=False, thresholds=thresholds.to(sums_device(device or z.device)))
 
     def estimate_log_likelihood(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return an unbiased estimate of :meth:`log_likelihood` from one batch: M times its own, of M batches.
@@ -357,11 +358,11 @@ class LogJoint:
             where, values, gradients = self._kept
             same = where.dtype == z.dtype and where.device == z.device and torch.equal(where, z.detach())
             if same and not needs_gradient:
-                return values.to(z.device) / self.temperature
+                return values.to(sums_device(z.device)) / self.temperature
             if same and gradients is not None:
                 thetas = self.subspace.to_theta(z.to(origin))
                 result: Tensor = _WithGradient.apply(thetas, values, gradients)
-                return result.to(z.device) / self.temperature
+                return result.to(sums_device(z.device)) / self.temperature
         found, slopes = [], []
         for start in range(0, len(z), size):
             part = z[start : start + size]
@@ -374,10 +375,10 @@ class LogJoint:
             found.append(values)
             if keep or limits is not None:
                 self.num_evaluations += len(part)
-        total = torch.cat(found) if found else z.new_zeros(0, dtype=torch.float64)
+        total = torch.cat(found) if found else torch.zeros(0, dtype=torch.float64, device=sums_device(z.device))
         if keep and len(z) <= size:
             self._kept = (z.detach().clone(), total.detach(), slopes[0] if slopes else None)
-        return total.to(z.device) / self.temperature
+        return total.to(sums_device(z.device)) / self.temperature
 
     def _evaluate(
         self, thetas: Tensor, batches: Iterable[Any], needs_gradient: bool, limits: "Tensor | None"
@@ -397,7 +398,7 @@ class LogJoint:
                 call_fn=self._call_fn,
                 fraction=self._bn_fraction,
             )
-        totals = torch.zeros(len(thetas), dtype=torch.float64, device=device or thetas.device)
+        totals = torch.zeros(len(thetas), dtype=torch.float64, device=sums_device(device or thetas.device))
         gradients = torch.zeros_like(thetas) if needs_gradient else None
         num_data = num_batches = 0
         going = list(range(len(thetas)))
@@ -456,11 +457,11 @@ class LogJoint:
         outputs = self._network(theta, batch, buffers)
         targets = batch[1]
         if self._loss_fn is not None:
-            loss = scalar_loss(self._loss_fn, outputs, targets, self._reduction).double()
+            loss = to_float64(scalar_loss(self._loss_fn, outputs, targets, self._reduction))
             return -loss * (len(targets) if self._reduction == "mean" else 1)
         assert self._likelihood is not None
         distribution = self._likelihood(outputs)
-        return distribution.log_prob(align_targets(distribution, targets, self._deferred)).double().sum()
+        return to_float64(distribution.log_prob(align_targets(distribution, targets, self._deferred))).sum()
 
 
 def _row_groups(rows: Sequence[int], size: int) -> Iterator["slice | list[int]"]:

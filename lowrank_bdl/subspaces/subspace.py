@@ -170,7 +170,7 @@ class Subspace:
         scale, vectors, values = self._spectrum
         products = self._kernel.inner_products(offsets)
         coordinates = scale @ (vectors / values) @ (vectors.mT @ (scale @ products))
-        return coordinates.mT.reshape(*theta.shape[:-1], self.rank).to(self.dtype)
+        return coordinates.mT.reshape(*theta.shape[:-1], self.rank).to(self.device, self.dtype)
 
     @cached_property
     def _spectrum(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.linalg.dense_basis import DenseBasis
+from lowrank_bdl.linalg.devices import norm_in_float64
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.surfaces.surface import require_points
 
@@ -64,7 +65,7 @@ class AffineSurface:
             ShapeError: If the last axis is not D.
         """
         nearest = self._lift(self._nearest(theta))
-        gap: Tensor = torch.linalg.vector_norm(theta - nearest, dim=-1, dtype=torch.float64)
+        gap: Tensor = norm_in_float64(theta - nearest, dim=-1)
         return gap
 
     def _lift(self, coordinates: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.linalg.devices import generator_on, sums_device
 from lowrank_bdl.linalg.moments import column_chunks
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.posteriors.storage import required
@@ -178,7 +179,8 @@ class Curve(Surface):
         Returns:
             Shape ``(D,)``, on the device of the points [parameter].
         """
-        device = None if generator is None else generator.device
+        device = torch.device("cpu") if generator is None else sums_device(generator.device)
+        generator = generator_on(device, generator)
         return self.to_theta(torch.rand((), generator=generator, dtype=torch.float64, device=device))
 
     def center_theta(self) -> Tensor:

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from lowrank_bdl.curvature.data import Data, fixed_batches
 from lowrank_bdl.curvature.loss_gradients import LossFn, Reduction, check_modes, scalar_loss, split_batch
 from lowrank_bdl.errors import NonFiniteError, ShapeError
+from lowrank_bdl.linalg.devices import norm_in_float64, sums_device, to_float64
 from lowrank_bdl.parameters.batch_norm import recalibrate_batch_norm
 from lowrank_bdl.parameters.functional import CallFn, FunctionalModel, evaluation_mode, is_plain_perceptron
 from lowrank_bdl.parameters.layout import ParameterLayout
@@ -55,7 +56,8 @@ class PointValues:
     @classmethod
     def unknown(cls, num_points: int, *, accuracy: bool = True, device: "torch.device | None" = None) -> "PointValues":
         """Return values of M points none of which is known yet: NaN everywhere."""
-        nothing = torch.full((num_points,), torch.nan, dtype=torch.float64, device=device)
+        place = None if device is None else sums_device(device)
+        nothing = torch.full((num_points,), torch.nan, dtype=torch.float64, device=place)
         return cls(nothing, nothing.clone() if accuracy else None, nothing.clone())
 
     @property
@@ -218,10 +220,10 @@ def evaluate_points(
     size = points_per_pass or _pass_size(network, plain and vectorize == "auto" and is_plain_perceptron(model))
     bar = tqdm(total=len(points), initial=len(points) - len(todo), unit="point", leave=False, disable=not progress)
     with bar, evaluation_mode(model):
-        for part in todo.split(size) if len(todo) else ():
+        for part in todo.to(points.device).split(size) if len(todo) else ():
             coordinates = points.detach()[part]
             thetas = _weights(coordinates if surface is None else surface.to_theta(coordinates), network, part)
-            squared_norm = torch.linalg.vector_norm(thetas, dim=1, dtype=torch.float64).square()
+            squared_norm = norm_in_float64(thetas, dim=1).square()
             if not bool(squared_norm.isfinite().all()):
                 bad = int(part[int(squared_norm.isfinite().int().argmin())])
                 raise NonFiniteError(f"the weights of every point must be finite; those of point {bad} are not.")
@@ -231,13 +233,15 @@ def evaluate_points(
                 sampled = SampledNetwork(network, usable, vectorize=vectorize, plain=plain)
                 sampled.set_buffers(buffers)
                 loss, right = _means(sampled, network, batches, len(rows), loss_fn, reduction, accuracy)
-                found = values[name]
-                found.squared_norm[part] = squared_norm.to(points.device)
-                found.loss[part] = torch.inf
-                found.loss[part[rows.to(part.device)]] = loss.to(points.device)
+                found, place = values[name], values[name].loss.device
+                at = part.to(place)
+                usable_at = at[rows.to(place)]
+                found.squared_norm[at] = squared_norm.to(place)
+                found.loss[at] = torch.inf
+                found.loss[usable_at] = loss.to(place)
                 if found.accuracy is not None:
-                    found.accuracy[part] = 0.0
-                    found.accuracy[part[rows.to(part.device)]] = right.to(points.device)
+                    found.accuracy[at] = 0.0
+                    found.accuracy[usable_at] = right.to(place)
             bar.update(len(part))
             if on_values is not None:
                 on_values(values if by_name else values[""])
@@ -327,7 +331,7 @@ def _means(
 ) -> tuple[Tensor, Tensor]:
     """Return the mean loss and the accuracy of some networks by one pass over the batches, float64."""
     device = network.stateless.device
-    totals = torch.zeros(number, dtype=torch.float64, device=device)
+    totals = torch.zeros(number, dtype=torch.float64, device=None if device is None else sums_device(device))
     correct = torch.zeros_like(totals)
     num_data = num_targets = 0
     if number == 0:
@@ -336,10 +340,10 @@ def _means(
         inputs, targets, size = split_batch(batch, device)
         num_data, num_targets = num_data + size, num_targets + targets.numel()
         for row, outputs in enumerate(sampled.outputs(count, (inputs, targets))):
-            loss = scalar_loss(loss_fn, outputs, targets, reduction).double()
+            loss = to_float64(scalar_loss(loss_fn, outputs, targets, reduction))
             totals[row] += loss * size if reduction == "mean" else loss
             if accuracy:
-                correct[row] += _num_correct(outputs, targets)
+                correct[row] += _num_correct(outputs, targets).to(correct.device)
     if num_data == 0:
         raise ShapeError("data must give at least one batch; got none.")
     loss = totals / num_data

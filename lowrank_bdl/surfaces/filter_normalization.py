@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lowrank_bdl.linalg.devices import norm_in_float64
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.surfaces.surface import require_points
 
@@ -49,8 +50,8 @@ def filter_normalized(
             continue
         filters = (shape[0] if len(shape) > 1 else 1, -1)
         own, wanted = given.detach()[where].view(filters), weights.detach()[where].view(filters)
-        lengths = torch.linalg.vector_norm(own, dim=1, keepdim=True, dtype=torch.float64)
-        target = torch.linalg.vector_norm(wanted, dim=1, keepdim=True, dtype=torch.float64)
+        lengths = norm_in_float64(own, dim=1, keepdim=True)
+        target = norm_in_float64(wanted, dim=1, keepdim=True)
         scale = torch.where(lengths > 0, target / lengths, 0.0)
         result[where] = (own * scale.to(own.dtype)).flatten()
     return result

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.linalg.devices import sums_device, to_float64
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.surfaces.affine import AffineSurface, orthonormal
 from lowrank_bdl.surfaces.surface import require_points
@@ -56,7 +57,7 @@ class Plane(AffineSurface):
     ) -> None:
         super().__init__(layout, origin, (u, v))
         anchors = torch.zeros(1, 2) if anchors is None else anchors
-        self.anchors = _coordinates("anchors", anchors).to(self.origin.device)
+        self.anchors = _coordinates("anchors", anchors).to(sums_device(self.origin.device))
 
     @classmethod
     def through(cls, w0: Tensor, w1: Tensor, w2: Tensor, layout: "ParameterLayout | None" = None) -> "Plane":
@@ -162,7 +163,9 @@ class Plane(AffineSurface):
             size = high - low
             low, high = low - size * size.new_tensor([left, bottom]), high + size * size.new_tensor([right, top])
         axes = [
-            torch.linspace(low[axis].item(), high[axis].item(), count, dtype=torch.float64, device=low.device)
+            torch.linspace(
+                low[axis].item(), high[axis].item(), count, dtype=torch.float64, device=sums_device(low.device)
+            )
             for axis, count in ((0, columns), (1, rows))
         ]
         return torch.stack(torch.meshgrid(*axes, indexing="xy"), dim=-1)
@@ -200,4 +203,4 @@ def plane(origin: Tensor, u: Tensor, v: Tensor, layout: "ParameterLayout | None"
 def _coordinates(name: str, points: Tensor) -> Tensor:
     if points.ndim != 2 or points.shape[1] != 2 or not len(points) or not bool(points.isfinite().all()):
         raise ShapeError(f"{name} must be finite coordinates (n, 2) with n >= 1; got {tuple(points.shape)}.")
-    return points.detach().double()
+    return to_float64(points.detach())

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lowrank_bdl.linalg.devices import norm_in_float64
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.surfaces.affine import AffineSurface, orthonormal
 from lowrank_bdl.surfaces.surface import require_points
@@ -60,7 +61,7 @@ class Ray(AffineSurface):
         """
         first, last = (point.detach() for point in require_points([start, end], layout))
         step = last - first
-        length = torch.linalg.vector_norm(step, dtype=torch.float64).item()
+        length = norm_in_float64(step).item()
         return cls(layout, first, ray(first, step, layout).directions[0], length)
 
     def to_theta(self, t: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lowrank_bdl.errors import CheckpointError, ShapeError
+from lowrank_bdl.linalg.devices import generator_on, sums_device
 from lowrank_bdl.linalg.moments import column_chunks
 from lowrank_bdl.linalg.simplex_volume import log_simplex_volume
 from lowrank_bdl.parameters.layout import ParameterLayout
@@ -212,7 +213,8 @@ class SimplicialComplex(Surface, kind="simplicial complex"):
         Returns:
             Shape ``(n, m)``, float64, on the generator's device: each row sums to 1 over one simplex's corners.
         """
-        device = torch.device("cpu") if generator is None else generator.device
+        device = torch.device("cpu") if generator is None else sums_device(generator.device)
+        generator = generator_on(device, generator)
         size = max(map(len, self.simplexes))
         table = torch.tensor([[*s, *s[:1] * (size - len(s))] for s in self.simplexes], device=device)
         inside = torch.tensor([[i < len(s) for i in range(size)] for s in self.simplexes], device=device)

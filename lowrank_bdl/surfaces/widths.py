@@ -12,7 +12,7 @@ from lowrank_bdl.curvature.data import Data
 from lowrank_bdl.curvature.loss_gradients import LossFn
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.linalg.dense_basis import DenseBasis
-from lowrank_bdl.linalg.devices import generator_on
+from lowrank_bdl.linalg.devices import generator_on, norm_in_float64, sums_device, to_float64
 from lowrank_bdl.linalg.principal_components import low_rank_components
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.posteriors.gaussian import GaussianPosterior
@@ -130,7 +130,8 @@ class _Star:
         self.layout, self.origin, self.directions = layout, origin, directions
 
     def to_theta(self, coordinates: Tensor) -> Tensor:
-        rays, distances = coordinates[:, 0].long(), coordinates[:, 1, None].to(self.origin.dtype)
+        rays = coordinates[:, 0].long().to(self.origin.device)
+        distances = coordinates[:, 1, None].to(self.origin)
         return torch.addcmul(self.origin, distances, self.directions[rays])
 
 
@@ -181,16 +182,16 @@ def width_profile(
     names = tuple(f"direction {number}" for number in range(len(rows))) if names is None else tuple(names)
     if len(names) != len(rows):
         raise ShapeError(f"there must be a name for each of the {len(rows)} directions; got {len(names)}.")
-    lengths = torch.linalg.vector_norm(directions.detach(), dim=1, keepdim=True, dtype=torch.float64)
+    lengths = norm_in_float64(directions.detach(), dim=1, keepdim=True)
     if not bool((lengths > 0).all()):
         raise ShapeError(f"a direction must not be zero; {names[int(lengths[:, 0].argmin())]!r} is.")
     distances = _distances(30.0, 21) if distances is None else distances
     if distances.ndim != 1 or not len(distances):
         raise ShapeError(f"distances must have shape (T,) with T >= 1; got {tuple(distances.shape)}.")
-    distances = distances.detach().double()
-    star = _Star(options.get("layout"), start.detach(), directions.detach() / lengths.to(directions.dtype))
+    distances = to_float64(distances.detach())
+    star = _Star(options.get("layout"), start.detach(), directions.detach() / lengths.to(directions))
     numbers = torch.arange(len(rows), dtype=torch.float64)
-    points = torch.cartesian_prod(numbers, distances.to(numbers.device)).to(start.device)
+    points = torch.cartesian_prod(numbers, distances.to(numbers.device)).to(sums_device(start.device))
     options["surface"] = star
     values = _evaluated(model, points, data, loss_fn, known, (len(rows), len(distances)), options)
     return WidthProfile(names, distances, values, stddevs)
@@ -252,7 +253,7 @@ def pca_width(
     if not chosen or not all(0 <= number < rank for number in chosen):
         raise ShapeError(f"components must be numbers from 0 to {rank - 1}, at least one; got {chosen}.")
     rows = span.basis.mT[chosen]
-    stddevs = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    stddevs = norm_in_float64(rows, dim=1)
     names = [f"component {number + 1}" for number in chosen]
     options.setdefault("layout", span.layout)
     return width_profile(

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lowrank_bdl.errors import CheckpointError, NonFiniteError, ShapeError
+from lowrank_bdl.linalg.devices import in_dtype, sums_device
 from lowrank_bdl.training import checkpoints, random_state
 from lowrank_bdl.training.collection import Collection
 from lowrank_bdl.training.losses import Loss, Metric, cross_entropy
@@ -123,7 +124,7 @@ class Trainer:
         """
         number = self.epoch + 1
         lr = float(self.optimizer.param_groups[0]["lr"])
-        sums = torch.zeros(1 + len(self.metrics), dtype=torch.float64, device=self.device)
+        sums = torch.zeros(1 + len(self.metrics), dtype=torch.float64, device=sums_device(self.device))
         batches = self._batches(data)
         num_batches = self._length(batches)
         size = count = 0
@@ -171,7 +172,7 @@ class Trainer:
             self.schedule.step()
         with torch.no_grad():
             found = [loss.detach(), *(metric(output, targets) for metric in self.metrics.values())]
-            return torch.stack([value.detach().to(self.device, torch.float64) for value in found])
+            return torch.stack([in_dtype(value.detach(), torch.float64, self.device) for value in found])
 
     def _precision(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, dtype=self.autocast)

@@ -52,6 +52,8 @@ class Arguments(TorchFunctionMode):
             return self._to(first, ("cpu" if name == "cpu" else self.backend.default,), kwargs)
         if name == "to" and isinstance(first, Tensor):
             return self._to(first, args[1:], kwargs)
+        if name == "_parse_to":  # what `.to` is asked for: the device as it was given
+            return func(*args, **kwargs)
         if func in _FROM_DATA:
             return self._from_data(func, args, kwargs)
         if name in _LOWERED and self.kind == "cuda" and torch.is_autocast_enabled("cuda"):
