@@ -12,6 +12,7 @@ from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.linalg.devices import sums_device, to_float64
 from lowrank_bdl.linalg.exact import DENSE_LIMIT_GIB, check_dense_size
 from lowrank_bdl.linalg.indices import Index, positions, same_index
+from lowrank_bdl.linalg.squared import SquaredLinearOperator
 from lowrank_bdl.linalg.structured import LinearOperatorBlock, StructuredLinearOperator
 
 
@@ -202,13 +203,13 @@ class BlockDiagonalLinearOperator(StructuredLinearOperator):
 
     def root_decomposition(self, method: str | None = None) -> RootLinearOperator:
         """Return a root as an operator, of each block its own; ``method`` is passed on."""
-        return RootLinearOperator(self._roots(lambda block: block.root_decomposition(method)))
+        return SquaredLinearOperator(self._roots(lambda block: block.root_decomposition(method)))
 
     def root_inv_decomposition(
         self, initial_vectors: Tensor | None = None, test_vectors: Tensor | None = None, method: str | None = None
     ) -> RootLinearOperator:
         """Return a root of the inverse as an operator, of each block its own; vectors are not needed."""
-        return RootLinearOperator(self._roots(lambda block: block.root_inv_decomposition(method=method)))
+        return SquaredLinearOperator(self._roots(lambda block: block.root_inv_decomposition(method=method)))
 
     def _roots(self, root: Callable[[LinearOperator], LinearOperator]) -> "BlockDiagonalLinearOperator":
         roots: Sequence[LinearOperator] = [root(block).root for block in self.blocks]

@@ -11,6 +11,7 @@ from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.linalg.columns import Fold
 from lowrank_bdl.linalg.devices import sums_device
 from lowrank_bdl.linalg.indices import Index
+from lowrank_bdl.linalg.squared import SquaredLinearOperator
 from lowrank_bdl.linalg.structured import StructuredLinearOperator
 
 
@@ -133,14 +134,14 @@ class ExpandedLinearOperator(StructuredLinearOperator):
 
     def root_decomposition(self, method: str | None = None) -> RootLinearOperator:
         """Return the root of the one matrix, expanded."""
-        return RootLinearOperator(self.base.root_decomposition(method).root._expand_batch(self.expanded))
+        return SquaredLinearOperator(self.base.root_decomposition(method).root._expand_batch(self.expanded))
 
     def root_inv_decomposition(
         self, initial_vectors: Tensor | None = None, test_vectors: Tensor | None = None, method: str | None = None
     ) -> RootLinearOperator:
         """Return the root of the inverse, expanded."""
         root = self.base.root_inv_decomposition(method=method).root
-        return RootLinearOperator(root._expand_batch(self.expanded))
+        return SquaredLinearOperator(root._expand_batch(self.expanded))
 
     def inverse(self) -> LinearOperator:
         """Return the inverse of the one matrix, expanded."""

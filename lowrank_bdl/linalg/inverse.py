@@ -15,6 +15,7 @@ from lowrank_bdl.linalg.operator_state import LowRankPlusDiagState
 from lowrank_bdl.linalg.operator_structure import LowRankPlusDiagStructure
 from lowrank_bdl.linalg.precision_sums import add_precisions, add_to_precision, precision_block
 from lowrank_bdl.linalg.roots import LOST, LowRankPlusDiagRoot, apply_root_
+from lowrank_bdl.linalg.squared import SquaredLinearOperator
 from lowrank_bdl.linalg.structured import StructuredLinearOperator
 
 
@@ -215,7 +216,7 @@ class InverseLowRankPlusDiagLinearOperator(StructuredLinearOperator):
         self, initial_vectors: Tensor | None = None, test_vectors: Tensor | None = None, method: str | None = None
     ) -> RootLinearOperator:
         """Return a square root of Sigma as an operator."""
-        return RootLinearOperator(LowRankPlusDiagRoot(self.base))
+        return SquaredLinearOperator(LowRankPlusDiagRoot(self.base))
 
     def to_dense(self) -> Tensor:
         """Return the dense inverse; refused where Sigma itself would be refused."""

@@ -23,6 +23,7 @@ from lowrank_bdl.linalg.devices import generator_on, require_float64
 from lowrank_bdl.linalg.exact import DENSE_LIMIT_GIB, check_dense_size
 from lowrank_bdl.linalg.expanded import UnbatchedLinearOperator
 from lowrank_bdl.linalg.memory import require_memory
+from lowrank_bdl.linalg.squared import SquaredLinearOperator
 from lowrank_bdl.linalg.structured import ScaledLinearOperator
 
 _DRAWS_AT_ONCE = 2**22
@@ -340,13 +341,13 @@ class KroneckerSpectralLinearOperator(UnbatchedLinearOperator):
 
     def root_decomposition(self, method: str | None = None) -> RootLinearOperator:
         """Return the symmetric square root as an operator, exact; ``method`` is not needed."""
-        return RootLinearOperator(self._with(self.eigenvalues.sqrt()))
+        return SquaredLinearOperator(self._with(self.eigenvalues.sqrt()))
 
     def root_inv_decomposition(
         self, initial_vectors: Tensor | None = None, test_vectors: Tensor | None = None, method: str | None = None
     ) -> RootLinearOperator:
         """Return the symmetric square root of the inverse as an operator, exact; the arguments are not needed."""
-        return RootLinearOperator(self._with(self.eigenvalues.rsqrt()))
+        return SquaredLinearOperator(self._with(self.eigenvalues.rsqrt()))
 
 
 def kl_kronecker(p: KroneckerSpectralLinearOperator, q: KroneckerSpectralLinearOperator, difference: Tensor) -> Tensor:

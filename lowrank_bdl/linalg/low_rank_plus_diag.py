@@ -19,6 +19,7 @@ from lowrank_bdl.linalg.operator_structure import LowRankPlusDiagStructure
 from lowrank_bdl.linalg.principal_components import principal_components
 from lowrank_bdl.linalg.ridge import Ridge
 from lowrank_bdl.linalg.roots import LowRankPlusDiagRoot
+from lowrank_bdl.linalg.squared import SquaredLinearOperator
 from lowrank_bdl.linalg.zero_variances import ConditionedOnZeroVariances
 
 
@@ -241,13 +242,13 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
 
     def root_decomposition(self, method: str | None = None) -> RootLinearOperator:
         """Return a square D x D root as an operator: exact, O(D K) a product; ``method`` is not needed."""
-        return RootLinearOperator(LowRankPlusDiagRoot(self))
+        return SquaredLinearOperator(LowRankPlusDiagRoot(self))
 
     def root_inv_decomposition(
         self, initial_vectors: Tensor | None = None, test_vectors: Tensor | None = None, method: str | None = None
     ) -> RootLinearOperator:
         """Return a square D x D root of the inverse as an operator: exact; the arguments are not needed."""
-        return RootLinearOperator(LowRankPlusDiagRoot(self, inverse=True))
+        return SquaredLinearOperator(LowRankPlusDiagRoot(self, inverse=True))
 
     def sqrt_inv_matmul(self, rhs: Tensor, lhs: Tensor | None = None) -> Tensor:
         """Refuse: the symmetric inverse square root has no closed form of this structure."""

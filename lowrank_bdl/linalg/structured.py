@@ -123,7 +123,7 @@ class StructuredLinearOperator(ExactLinearOperator):
         return result
 
 
-class _OfParts(StructuredLinearOperator):
+class ComposedLinearOperator(StructuredLinearOperator):
     """An operator made of others, whose batch axes are those of its parts."""
 
     def _map(self, change: Change, entries: Callable[[Tensor], Tensor]) -> LinearOperator:
@@ -145,7 +145,7 @@ class _OfParts(StructuredLinearOperator):
         return self._map(lambda part: part._permute_batch(*dims), lambda tensor: tensor.permute(dims))
 
 
-class ScaledLinearOperator(_OfParts):
+class ScaledLinearOperator(ComposedLinearOperator):
     """The matrix ``c A``, where A itself cannot take the factor in, for example a negative multiple of a covariance.
 
     Args:
@@ -222,15 +222,14 @@ class ScaledLinearOperator(_OfParts):
     def root_decomposition(self, method: str | None = None) -> RootLinearOperator:
         """Return the root of A times that of c."""
         self._require_positive_factor("root_decomposition()")
-        return RootLinearOperator(self.base.root_decomposition(method).root * self._per_matrix(self.constant.sqrt()))
+        return self.base.root_decomposition(method) * self._per_matrix(self.constant)
 
     def root_inv_decomposition(
         self, initial_vectors: Tensor | None = None, test_vectors: Tensor | None = None, method: str | None = None
     ) -> RootLinearOperator:
         """Return the root of A's inverse over that of c."""
         self._require_positive_factor("root_inv_decomposition()")
-        root = self.base.root_inv_decomposition(method=method).root
-        return RootLinearOperator(root * self._per_matrix(self.constant.rsqrt()))
+        return self.base.root_inv_decomposition(method=method) * self._per_matrix(self.constant.reciprocal())
 
     def zero_mean_mvn_samples(self, num_samples: int) -> Tensor:
         """Return exact draws from N(0, c A), shape ``(num_samples, *B, D)``."""
@@ -257,7 +256,7 @@ class ScaledLinearOperator(_OfParts):
         return block * self._per_matrix(self.constant)
 
 
-class SumOfLinearOperators(_OfParts):
+class SumOfLinearOperators(ComposedLinearOperator):
     """The sum of matrices that have no common structure: products, diagonals and parts are those of the terms.
 
     Args:
@@ -325,7 +324,7 @@ class SumOfLinearOperators(_OfParts):
         return self._total([term.to_dense() for term in self.terms])
 
 
-class ProductOfLinearOperators(_OfParts):
+class ProductOfLinearOperators(ComposedLinearOperator):
     """The product ``A B`` of two operators.
 
     Args:
@@ -369,7 +368,7 @@ class ProductOfLinearOperators(_OfParts):
         return result if left_tensor is None else left_tensor @ result
 
 
-class LinearOperatorBlock(_OfParts):
+class LinearOperatorBlock(ComposedLinearOperator):
     r"""The block ``A[rows, columns]``: what ``A[rows]`` is until ``[:, columns]`` makes it square again.
 
     Args:

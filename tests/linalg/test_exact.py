@@ -61,6 +61,9 @@ OPERATORS: dict[str, Callable[[], LinearOperator]] = {
     "block of an inverse": lambda: low_rank(size=20).inverse()[3:15, 3:15],
     "block of a Kronecker": lambda: BlockDiagonalLinearOperator(kronecker(), kronecker(4))[4:16, 4:16],
     "root": lambda: LowRankPlusDiagRoot(low_rank()),
+    "square of a root": lambda: low_rank().root_decomposition(),
+    "square of Kronecker roots": lambda: kronecker().root_inv_decomposition(),
+    "square of roots of blocks": lambda: blocks().root_decomposition(),
     "negative multiple": lambda: low_rank() * -2,
     "sum": lambda: low_rank() + low_rank(2).inverse(),
     "product": lambda: low_rank() @ low_rank(2).inverse(),
@@ -98,6 +101,8 @@ def test_every_operation_of_a_large_matrix_is_exact_or_refused(name: str) -> Non
         assert refused <= NEVER | DENSE_ONLY | {"solve of a difference"}, refused
     if name == "Kronecker":
         assert refused <= NEVER | DENSE_ONLY | {"solve of a sum with a diagonal"}, refused
+    if name.startswith("square of"):
+        assert not refused & {"solve", "logdet", "inverse", "zero_mean_mvn_samples", "solve of a multiple", "inv_quad"}
     if name == "block-diagonal":
         assert refused <= NEVER | DENSE_ONLY | {"solve of a difference"}, refused
 

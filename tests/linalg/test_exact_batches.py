@@ -32,6 +32,7 @@ OPERATORS: dict[str, Callable[[], LinearOperator]] = {
     "expanded inverse": lambda: low_rank(batch=()).inverse().expand(*BATCH, N, N),
     "block-diagonal": lambda: BlockDiagonalLinearOperator(low_rank(size=2), low_rank(3, 4).inverse()),
     "root": lambda: LowRankPlusDiagRoot(low_rank(), inverse=True),
+    "square of a root": lambda: low_rank().root_decomposition(),
     "multiple": lambda: low_rank() * -2,
     "multiples": lambda: low_rank() * torch.tensor([[-1.0, 2.0, 1.0], [3.0, -1.0, 1.0]], dtype=F64)[..., None, None],
     "sum": lambda: low_rank() + low_rank(2, batch=()).inverse(),
@@ -40,7 +41,8 @@ OPERATORS: dict[str, Callable[[], LinearOperator]] = {
     "expanded Kronecker": lambda: kronecker().expand(*BATCH, N, N),
 }
 DEFINITE = {"low-rank plus diagonal", "expanded low-rank", "inverse", "expanded inverse", "block-diagonal"} | {
-    "expanded Kronecker"
+    "expanded Kronecker",
+    "square of a root",
 }
 
 
