@@ -21,11 +21,13 @@ def positions(index: Index, size: int, device: torch.device) -> Tensor:
     """Return ``index`` as a LongTensor of coordinates from 0 to ``size`` - 1.
 
     Raises:
-        IndexError: If a coordinate is out of range, or a mask has another length.
+        IndexError: If a coordinate is no integer or out of range, or a mask has another length.
     """
     if isinstance(index, slice):
         return torch.arange(size, device=device)[index]
     index = index.to(device)
+    if index.is_floating_point() or index.is_complex():
+        raise IndexError(f"coordinates must be integers or a mask; got {index.dtype}.")
     if index.dtype is torch.bool:
         if index.shape != (size,):
             raise IndexError(f"a mask of coordinates must have shape ({size},); got {tuple(index.shape)}.")
@@ -44,7 +46,7 @@ def plain_index(index: Any, shape: torch.Size, device: torch.device) -> tuple[An
     `LinearOperator.__getitem__` refuses masks and takes ``-1`` for an empty slice.
 
     Raises:
-        IndexError: If there are too many indices or an integer is out of range.
+        IndexError: If there are too many indices, one is None, or an integer is out of range.
     """
     parts = list(index) if isinstance(index, tuple) else [index]
     places = [i for i, part in enumerate(parts) if part is Ellipsis]
@@ -53,8 +55,11 @@ def plain_index(index: Any, shape: torch.Size, device: torch.device) -> tuple[An
         raise IndexError(f"too many indices for shape {tuple(shape)}: {index}.")
     parts = parts[: places[0]] + fill + parts[places[0] + 1 :] if places else parts + fill
     for axis, (part, size) in enumerate(zip(parts, shape, strict=True)):
-        if isinstance(part, list):
-            part = torch.tensor(part, dtype=torch.long if not part else None)
+        if part is None:
+            raise IndexError(f"None adds no axis to shape {tuple(shape)}; use unsqueeze().")
+        if not isinstance(part, slice | int | Tensor):  # a list, a range, an array or number of NumPy
+            part = torch.as_tensor(part)
+            part = part if part.numel() else part.long()
         if isinstance(part, Tensor):
             part = positions(part, size, device) if part.ndim else int(part)
         if isinstance(part, int):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowrank_bdl.errors import NotPSDError, ShapeError
 from lowrank_bdl.linalg.block_diagonal import BlockDiagonalLinearOperator
+from lowrank_bdl.linalg.expanded import ExpandedLinearOperator
 from lowrank_bdl.linalg.hadamard import RandomizedHadamardLinearOperator
 from lowrank_bdl.linalg.inverse import InverseLowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.kronecker import KroneckerSpectralLinearOperator
@@ -223,6 +224,26 @@ def test_gradients_of_sums_of_precisions() -> None:
 
     arguments = (columns(5, 2), columns(5).abs() + 0.5, columns(5, seed=8).abs())
     assert torch.autograd.gradcheck(logdet, [argument.requires_grad_() for argument in arguments])
+
+
+@pytest.mark.parametrize("name", ["multiple", "sum", "product", "block", "expanded"])
+def test_gradients_of_composed_operators(name: str) -> None:
+    """Solves, determinants and products reach the tensors of the parts."""
+
+    def use(root: Tensor, diag: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        op = LowRankPlusDiagLinearOperator(root, diag)
+        other = {
+            "multiple": lambda: op * -2,
+            "sum": lambda: op + op.inverse(),
+            "product": lambda: op @ op.inverse() @ op,
+            "block": lambda: op.inverse()[:4][:, torch.tensor([1, 0, 3, 2])],
+            "expanded": lambda: ExpandedLinearOperator(op.inverse(), torch.Size((2,))),
+        }[name]()
+        x = x[: other.shape[-1]]
+        return other.solve(x), other @ x, other.to_dense()
+
+    arguments = [columns(5, 2), columns(5).abs() + 0.5, columns(5, 2, seed=8)]
+    assert torch.autograd.gradcheck(use, [argument.requires_grad_() for argument in arguments])
 
 
 def test_precisions_that_cannot_be_added_exactly_are_refused_or_kept_as_sums() -> None:

@@ -3,6 +3,7 @@
 import io
 
 import gpytorch
+import numpy as np
 import pytest
 import torch
 from linear_operator.operators import DenseLinearOperator
@@ -14,7 +15,7 @@ from lowrank_bdl.linalg.kronecker import KroneckerSpectralLinearOperator
 from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.multivariate_normal import MultivariateNormal
 from tests.linalg.cases import F32, F64, Case
-from tests.linalg.operations import columns, no_iterations
+from tests.linalg.operations import columns, no_iterations, plain
 from tests.oracles import assert_close
 
 
@@ -32,14 +33,17 @@ def kronecker() -> KroneckerSpectralLinearOperator:
     return KroneckerSpectralLinearOperator(left, right, columns(1, 2, 3).abs() + 0.2, result_dtype=F64)
 
 
-INDICES = [[0, 2], [-1, 3], torch.tensor([4, 1, 0]), slice(1, 4), slice(None, None, 2), -2, 5]
+INDICES = [
+    *(range(2), np.array([5, 2]), [0, 2], [-1, 3], torch.tensor([4, 1, 0])),
+    *(slice(1, 4), slice(None, None, 2), -2, 5),
+]
 
 
 @pytest.mark.parametrize("kind", ["covariance", "precision"])
 @pytest.mark.parametrize("index", INDICES, ids=str)
 def test_marginals_by_lists_masks_and_integers(index, kind: str) -> None:
     ours, mean, sigma = pair((), kind)
-    places = torch.arange(7)[index].reshape(-1)
+    places = torch.arange(7)[index if isinstance(index, slice | int) else torch.as_tensor(index)].reshape(-1)
     for part in (ours[index], ours[torch.isin(torch.arange(7), places)] if places.diff().gt(0).all() else ours[index]):
         assert type(part) is MultivariateNormal
         assert type(part.lazy_covariance_matrix) is type(ours.lazy_covariance_matrix)
@@ -78,6 +82,8 @@ def test_indices_of_batches(kind: str) -> None:
         ours[0, [0, 1], [2, 3]]
     with pytest.raises(IndexError, match="too many indices"):
         ours[0, 0, 0, 0]
+    with pytest.raises(IndexError, match=r"None adds no axis to shape \(2, 3, 7\); use unsqueeze\(\)"):
+        ours[None, 0, 0]
 
 
 def test_indices_of_operators_by_lists() -> None:
@@ -86,6 +92,14 @@ def test_indices_of_operators_by_lists() -> None:
         assert_close(matrix[[0, 1], [0, 1]], dense[[0, 1], [0, 1]], F64, 10)
         assert_close(matrix[[0, -1], [2, 3]], dense[[0, -1], [2, 3]], F64, 10)
         assert_close(matrix[[0, 2]][:, [1]].to_dense(), dense[[0, 2]][:, [1]], F64, 10)
+        for index in (np.array([3, 0]), range(1, 4), np.array([True, False] * 3 + [True])[: len(dense)], np.int64(2)):
+            places = torch.as_tensor(index)
+            assert_close(plain(matrix[index]), dense[places], F64, 10)
+        assert matrix[[]][:, []].shape == (0, 0)
+        with pytest.raises(IndexError, match=r"coordinates must be integers or a mask; got torch\.float32"):
+            matrix[[0.5, 1.0]]
+        with pytest.raises(IndexError, match="None adds no axis"):
+            matrix[None]
 
 
 @pytest.mark.parametrize("kind", ["covariance", "precision"])
