@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank_bdl.linalg.precision import _float32_products, own_precision
+from lowrank_bdl.linalg.precision import _float32_products, callers_precision, exact, exact_methods, own_precision
 
 MATMUL = {"cuda": torch.backends.cuda.matmul, "mkldnn": torch.backends.mkldnn.matmul}  # type: ignore[attr-defined]
 
@@ -33,7 +33,7 @@ def settings() -> tuple[str, ...]:
     return (overall, *(backend.fp32_precision for backend in MATMUL.values()), str(torch.is_autocast_enabled("cpu")))
 
 
-def exact() -> bool:
+def is_exact() -> bool:
     """Return whether products are exact and autocast is off, here and now."""
     return settings()[1] in ("ieee", "none") and settings()[2] in ("ieee", "none") and settings()[3] == "False"
 
@@ -46,7 +46,7 @@ def test_both_are_off_inside_and_back_after(precision: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         before = settings()
         with own_precision():
-            assert exact() and not torch.backends.cuda.matmul.allow_tf32
+            assert is_exact() and not torch.backends.cuda.matmul.allow_tf32
             assert (a @ a).dtype is torch.float32
         assert settings() == before
         assert (a @ a).dtype is torch.bfloat16
@@ -63,11 +63,11 @@ def test_every_way_to_ask_for_tf32_is_seen_and_given_back(switch: str) -> None:
         MATMUL[switch].fp32_precision = "tf32"
     before = settings()
     with own_precision():
-        assert exact() and settings()[0] == "highest"
+        assert is_exact() and settings()[0] == "highest"
     assert settings() == before and "tf32" in before
     if switch == "all":  # what was inherited still is
         torch.backends.fp32_precision = "none"  # type: ignore[attr-defined]
-        assert exact()
+        assert is_exact()
 
 
 def test_nothing_changes_where_nothing_is_on() -> None:
@@ -84,7 +84,7 @@ def test_nothing_changes_where_nothing_is_on() -> None:
 def test_exceptions_restore_both() -> None:
     """An error inside nested blocks, and inside a decorated function."""
 
-    @own_precision()
+    @exact
     def fails() -> None:
         with own_precision():
             raise ValueError("inside")
@@ -103,7 +103,7 @@ def test_a_choice_made_while_a_block_is_open_is_kept() -> None:
     with own_precision():
         torch.set_float32_matmul_precision("medium")
         with own_precision():
-            assert exact()
+            assert is_exact()
     assert torch.get_float32_matmul_precision() == "medium"
 
 
@@ -116,7 +116,7 @@ def test_blocks_that_overlap_in_threads() -> None:
         with torch.autocast("cpu", torch.bfloat16), own_precision():
             opened.set()
             close.wait(10)
-            seen.append(exact())
+            seen.append(is_exact())
 
     thread = threading.Thread(target=other)
     with torch.autocast("cpu", torch.bfloat16):
@@ -137,7 +137,7 @@ def test_many_threads_leave_it_as_it_was() -> None:
     def work() -> None:
         for _ in range(300):
             with own_precision():
-                if not exact():
+                if not is_exact():
                     wrong.append(settings())
 
     threads = [threading.Thread(target=work) for _ in range(6)]
@@ -152,7 +152,7 @@ def test_a_generator_keeps_its_precision_and_its_consumer_another() -> None:
     """Each step runs exactly; between the steps autocast is on again. Its value is returned, and it can be closed."""
     done: list[str] = []
 
-    @own_precision()
+    @exact
     def steps(a: Tensor) -> Iterator[torch.dtype]:
         try:
             for _ in range(2):
@@ -177,7 +177,7 @@ def test_compiled_code_switches_autocast_off_without_a_break(kind: str) -> None:
         with own_precision():
             return x @ x
 
-    function = block if kind == "block" else own_precision()(lambda x: x @ x)
+    function = block if kind == "block" else exact(lambda x: x @ x)
     a = torch.randn(3, 3)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):
@@ -185,3 +185,70 @@ def test_compiled_code_switches_autocast_off_without_a_break(kind: str) -> None:
         assert compiled(a).dtype is torch.float32 and torch.is_autocast_enabled("cpu")
         assert torch.func.vmap(function)(torch.stack([a, a])).dtype is torch.float32
         assert torch.func.grad(lambda x: function(x).sum())(a).shape == (3, 3)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_the_users_network_keeps_what_the_caller_chose(depth: int) -> None:
+    """Inside any number of blocks it has autocast, its dtype and TF32 again, and inside it blocks work once more."""
+    torch.set_float32_matmul_precision("high")
+    with torch.autocast("cpu", torch.float16):
+        before = settings()
+
+        def nested(level: int) -> None:
+            with own_precision():
+                if level > 1:
+                    return nested(level - 1)
+                with callers_precision():
+                    assert settings() == before and torch.get_autocast_dtype("cpu") is torch.float16
+                    with own_precision():
+                        assert is_exact()
+                    with callers_precision():
+                        assert settings() == before
+                assert is_exact()
+                with pytest.raises(ValueError, match="in the network"), callers_precision():
+                    raise ValueError("in the network")
+                assert is_exact()
+
+        nested(depth)
+        assert settings() == before
+        with callers_precision():
+            assert settings() == before
+
+
+def test_a_network_that_is_to_be_exact_stays_so() -> None:
+    """`network=True` holds for every block inside it, and no longer than itself."""
+    with torch.autocast("cpu", torch.bfloat16):
+        with own_precision(network=True), own_precision(), callers_precision():
+            assert is_exact()
+        with own_precision(), callers_precision():
+            assert not is_exact()
+
+
+def test_methods_of_a_class() -> None:
+    """Methods and static methods run exactly; properties, class methods and what is inherited are left alone."""
+
+    class Base:
+        def inherited(self) -> bool:
+            return is_exact()
+
+    @exact_methods
+    class Inside(Base):
+        def method(self) -> bool:
+            return is_exact()
+
+        @staticmethod
+        def static() -> bool:
+            return is_exact()
+
+        @classmethod
+        def of_class(cls) -> bool:
+            return is_exact()
+
+        @property
+        def value(self) -> bool:
+            return is_exact()
+
+    inside = Inside()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert inside.method() and inside.static()
+        assert not (inside.inherited() or inside.of_class() or inside.value)
