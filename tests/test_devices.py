@@ -202,8 +202,16 @@ def test_targets_out_of_range_are_refused_on_a_device_too() -> None:
         assert torch.isfinite(target(torch.zeros(2, device=device))).item()
 
 
-@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=lambda operation: operation.name)
-def test_a_generator_of_the_cpu_seeds_draws_on_a_device(operation: Operation, monkeypatch: pytest.MonkeyPatch) -> None:
+DRAWS = (
+    "low_rank_plus_diag_sample", "batch_sample", "inverse_sample", "kronecker_sample", "block_lanczos",
+    "stochastic_estimates", "spectral_density", "draws", "block_posterior", "mixture", "empirical", "noise_posteriors",
+    "kfac_laplace", "subspaces", "elliptical_slice", "coordinate_slice", "sgld", "sghmc", "variational",
+    "low_rank_gaussian", "surfaces", "surface_training", "predict", "noisy_optimisers", "noisy_logits",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_a_generator_of_the_cpu_seeds_draws_on_a_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
     def of_the_cpu(device: torch.device) -> torch.Generator:
@@ -212,9 +220,38 @@ def test_a_generator_of_the_cpu_seeds_draws_on_a_device(operation: Operation, mo
 
     monkeypatch.setattr(public_operations, "generator", of_the_cpu)
     with FakeDevice("cuda"):
-        found = [operation.make(torch.device("cuda"))() for _ in range(2)]
-    if made:
-        assert_same(found[0], found[1])
+        found = [OPERATIONS[name].make(torch.device("cuda"))() for _ in range(2)]
+    assert made
+    assert_same(found[0], found[1])
+
+
+CHUNKED = {
+    "matmul": lambda op, x: op @ x,
+    "diagonal": lambda op, x: op.diagonal(),
+    "solve": lambda op, x: op.solve(x),
+    "inv_quad_logdet": lambda op, x: op.inv_quad_logdet(x, logdet=True),
+    "inverse_diagonal": lambda op, x: op.inverse().diagonal(),
+    "inverse_sample": lambda op, x: op.inverse().sample(2),
+    "principal_components": lambda op, x: op.principal_components(2),
+    "kl": lambda op, x: lb.kl_divergence(*(lb.GaussianPosterior(mean, op) for mean in x.mT)),
+    "simplex_volume": lambda op, x: lb.log_simplex_volume(torch.stack([*x.mT, op.diag])),
+    "projection": lambda op, x: lb.Subspace(None, x[:, 0], x).project(x.mT),
+    "curve_subspace": lambda op, x: lb.curve_subspace(torch.stack([*x.mT, op.diag])),
+    "diagonal_posterior": lambda op, x: lb.GaussianPosterior.diagonal(x[:, 0], op.diag),
+    "bfloat16_root": lambda op, x: lb.LowRankPlusDiagLinearOperator(op.root.bfloat16(), op.diag).logdet(),
+}
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_waits_do_not_grow_with_the_number_of_chunks(name: str) -> None:
+    with FakeDevice("cuda") as gpu:
+        device, waits = torch.device("cuda"), []
+        for dim in (1000, 200_000):
+            operator, x = covariance(device, rank=2, dim=dim), normal(device, dim, 2, seed=3)
+            with gpu.section() as part:
+                CHUNKED[name](operator, x)
+            waits.append(part.num_syncs)
+    assert waits[0] == waits[1], part.where()
 
 
 REFUSED_ON_MPS = {
@@ -252,3 +289,15 @@ def test_operation_on_a_device_without_float64(operation: Operation) -> None:
             assert leaf.dtype is not torch.float32, "only float64 results and counts are on the CPU"
     if operation.name not in OTHER_STREAM:
         assert_same(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+@pytest.mark.parametrize(("rank", "dim"), [(0, 9), (12, 5), (3, 900)])
+@pytest.mark.parametrize("name", ["matmul", "diagonal", "solve", "inv_quad_logdet", "inverse_diagonal"])
+def test_any_rank_on_a_device(name: str, rank: int, dim: int, kind: str) -> None:
+    results = []
+    for device in (torch.device("cpu"), torch.device(kind)):
+        with FakeDevice(kind):
+            operator, x = covariance(device, rank=rank, dim=dim), normal(device, dim, 2, seed=3)
+            results.append(CHUNKED[name](operator, x))
+    assert_same(results[1], results[0])

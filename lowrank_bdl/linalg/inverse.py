@@ -27,13 +27,15 @@ class _InverseDiagonalFunction(Function):
         """Compute the value, or raise NotPSDError where float64 would lose it."""
         factors, capacitance = core.factors, core.capacitance(least="double")
         result = torch.empty_like(core.diag, memory_format=torch.contiguous_format)
-        lost = 0.0
+        least = factors.zeros() + 1.0
         for part in factors.chunks():
             scale = inverse_std(factors.diag[..., part], torch.float64)
             rows = factors.mixed_rows(part, torch.float64) * scale.unsqueeze(-2)
             kept = 1 - torch.linalg.solve_triangular(capacitance.cholesky, rows, upper=False).square().sum(-2)
             result[..., part] = kept * scale.square()
-            lost = max(lost, torch.finfo(torch.float64).eps / max(kept.min().item(), 1e-300))
+            least = torch.minimum(least, kept.amin(-1))
+        smallest = least.min().item() if least.numel() else 1.0  # one host synchronisation, after the last chunk
+        lost = torch.finfo(torch.float64).eps / max(smallest, 1e-300)
         if lost > LOST:
             raise NotPSDError(
                 "the diagonal of the inverse needs variances that are not too far below the deviations; float64 leaves "
