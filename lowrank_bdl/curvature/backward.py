@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lowrank_bdl.curvature.embeddings import DenseEmbeddings
 from lowrank_bdl.linalg.memory import available_memory
 
 _CACHE_BYTES = 2 << 20
@@ -89,16 +90,17 @@ def _stack_or_none(parts: Sequence[Tensor | None]) -> Tensor | None:
 def is_missing_derivative(error: RuntimeError) -> bool:
     """Whether torch says that a kernel has no second derivative, or none in evaluation mode."""
     message = str(error)
-    return ("derivative for" in message and "not implemented" in message) or "cudnn RNN backward" in message
+    missing = "derivative for" in message and "not implemented" in message
+    return missing or "cudnn RNN backward" in message or "for sparse tensors" in message
 
 
 @contextmanager
 def differentiable_kernels() -> Iterator[None]:
-    """Let torch compute by kernels that can be differentiated twice: no fused attention or recurrent layers."""
+    """Let torch compute by kernels that can be differentiated twice: no fused attention, recurrent layers or bags."""
     enabled = torch.backends.cudnn.enabled
     torch.backends.cudnn.enabled = False
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), DenseEmbeddings():
             yield
     finally:
         torch.backends.cudnn.enabled = enabled
@@ -119,12 +121,13 @@ def vectors_at_once(forward: Callable[[], object], vector_bytes: int, device: to
     """
     saved: dict[int, torch.UntypedStorage] = {}
 
-    def pack(tensor: Tensor) -> int:  # not the tensor, which would keep the graph alive through itself
+    def pack(tensor: Tensor) -> Tensor:  # detached, since the tensor itself would keep the graph alive
         storage = tensor.untyped_storage()
         saved[storage.data_ptr()] = storage  # kept, so that no other is put at its address
-        return 0
+        return tensor.detach()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, torch.tensor):
+    # what is unpacked is used where the forward pass takes derivatives itself
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()
     own = _GRAPH_FACTOR * sum(storage.nbytes() for storage in saved.values()) + vector_bytes
     limit = _CACHE_BYTES if device.type == "cpu" else (available_memory(device) or _CACHE_BYTES) // 4

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lowrank_bdl.curvature.backward import Backward, differentiable_kernels, is_missing_derivative, vectors_at_once
 from lowrank_bdl.curvature.data import Data, fixed_batches
+from lowrank_bdl.curvature.embeddings import has_sparse_embedding
 from lowrank_bdl.curvature.loss_gradients import BatchNormMode, batch_norm_mode, check_modes, split_batch
 from lowrank_bdl.errors import LowRankBDLError, NonFiniteError, ShapeError, StaleError
 from lowrank_bdl.linalg.devices import norm_in_float64, to_float64
@@ -22,7 +23,7 @@ from lowrank_bdl.linalg.memory import require_memory
 from lowrank_bdl.parameters.functional import CallFn, FunctionalModel
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
-from lowrank_bdl.parameters.wrappers import named_parameters
+from lowrank_bdl.parameters.wrappers import named_parameters, uncompiled
 
 Vectors: TypeAlias = Sequence[Tensor | None]
 Product: TypeAlias = Callable[[Sequence[Tensor]], Vectors]
@@ -84,7 +85,7 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
         self._chunk_size = chunk_size
         self._seed: int | None = None
         self._backward = Backward()
-        self._fused = True
+        self._fused = not has_sparse_embedding(model)
         self._at_once: int | None = None
         self._fixed = self._fingerprint()
 
@@ -164,6 +165,7 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autocast(rows.device.type, enabled=False))
             stack.enter_context(batch_norm_mode(model, self._bn_mode))
+            stack.enter_context(uncompiled(model))  # what is compiled has no second derivative
             if not self._fused:
                 stack.enter_context(differentiable_kernels())
             result = torch.zeros_like(rows)
@@ -196,7 +198,8 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
     def _add(self, result: Tensor, parts: Vectors, factor: float) -> None:
         for part, where in zip(parts, self.layout.slices.values(), strict=True):
             if part is not None:
-                result[:, where].add_(part.detach().to(result).flatten(1), alpha=factor)
+                own = result[:, where]
+                own.add_(part.detach().to(result).reshape(own.shape), alpha=factor)
 
     def _count(self, total: int) -> None:
         if total == 0:
@@ -241,10 +244,10 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
         generator = torch.Generator().manual_seed(0)
         probes = torch.randn(2, self.layout.numel, generator=generator).to(self.theta)
         left, right = self._products(probes)
-        again = self._products(probes[:1])[0]
+        again = self._product_again(probes[:1], left)
         if not bool(left.isfinite().all() & right.isfinite().all()):
             raise NonFiniteError("the curvature must be finite; a product with it holds NaN or infinite entries.")
-        tolerance = max(torch.finfo(dtype).eps for dtype in self._present_dtypes()) ** 0.5
+        tolerance = self._rounding() ** 0.5
         norms = [float(norm_in_float64(v)) for v in (left, right, again - left)]
         if norms[2] > tolerance * norms[0]:
             raise LowRankBDLError(
@@ -260,8 +263,14 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
                 "that; check=False leaves this out."
             )
 
-    def _present_dtypes(self) -> set[torch.dtype]:
-        return {parameter.dtype for parameter in self.layout.parameters_of(self._network.stateless.model)}
+    def _product_again(self, probe: Tensor, first: Tensor) -> Tensor:
+        """Return a second product ``(D,)`` with a vector ``(1, D)``; ``first`` is what a block gave for it."""
+        return self._products(probe)[0]
+
+    def _rounding(self) -> float:
+        """Relative spacing of numbers in the least precise dtype among the parameters."""
+        own = self.layout.parameters_of(self._network.stateless.model)
+        return max(torch.finfo(parameter.dtype).eps for parameter in own)
 
     # ---- a linear operator ------------------------------------------------------------------------------------------
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lowrank_bdl.curvature.examples import ExampleGradients
 from lowrank_bdl.curvature.kronecker_factors import example_chunks
 from lowrank_bdl.curvature.layers import Layer, LayerCall, layer_gradients, layer_inputs
-from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.parameters.functional import StatelessModel
 
 
@@ -126,9 +125,26 @@ class LayerDiagonal:
             for name, found in layer_example_gradients(layer, calls, gradients, part).items():
                 self.sums[name] += found.square().sum(0)
 
+    def add_output_fisher(self, call: LayerCall, diagonal: Tensor) -> None:
+        """Add one batch, where the output of a fully connected layer is the network's.
+
+        Args:
+            call: Its only call.
+            diagonal: That of E[s s'] of each example, shape ``(B, o)``.
+
+        Raises:
+            ShapeError: If the input has been overwritten since.
+        """
+        call.check(self.layer)
+        if self.layer.weight is not None:
+            inputs = layer_inputs(self.layer, call.inputs)[:, 0, :, 0].to(diagonal.dtype)
+            self.sums[self.layer.weight] += diagonal.mT @ inputs.square()
+        if self.layer.bias is not None:
+            self.sums[self.layer.bias] += diagonal.sum(0)
+
 
 class ExampleDiagonal:
-    """Sum squared gradients of any parameters by one backward pass an example, several at once by ``vmap``.
+    """Sum squared gradients of any parameters by one backward pass an example; see `ExampleGradients`.
 
     Args:
         network: The network.
@@ -142,46 +158,22 @@ class ExampleDiagonal:
     """
 
     def __init__(self, network: StatelessModel, weights: Mapping[str, Tensor], names: Iterable[str]) -> None:
-        self._network = network
         self._chosen = {name: weights[name].detach() for name in names}
-        self._fixed = {name: weight.detach() for name, weight in weights.items() if name not in self._chosen}
-        self._vectorize = True
+        fixed = {name: weight.detach() for name, weight in weights.items() if name not in self._chosen}
+        self._each = ExampleGradients(
+            lambda chosen, inputs, scores: network({**fixed, **chosen}, (inputs,)),
+            lambda outputs, scores: (outputs * scores).sum(),
+        )
         self.sums = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in self._chosen.items()}
 
     def add(self, inputs: Any, scores: Tensor) -> None:
         """Add one batch under one vector of scores.
 
         Args:
-            inputs: What the network takes: a tensor with the examples first.
-            scores: Gradients with respect to its output.
-
-        Raises:
-            ShapeError: If the inputs are no tensor.
+            inputs: What the network takes.
+            scores: Gradients with respect to its output, the examples first.
         """
-        if not isinstance(inputs, Tensor):
-            raise ShapeError(
-                f"Gradients an example of {', '.join(self._chosen)} need inputs that are one tensor; "
-                f"got {type(inputs).__name__}. Exclude these parameters."
-            )
-        size = sum(weight.numel() for weight in self._chosen.values())
-        for part in example_chunks(len(inputs), size):
-            for name, gradients in self._gradients(inputs[part], scores[part]).items():
+        for found in self._each(self._chosen, inputs, scores):
+            for name, gradients in found.items():
                 wide = torch.promote_types(gradients.dtype, torch.float32)
                 self.sums[name] += gradients.to(wide).square().sum(0)
-
-    def _inner(self, chosen: dict[str, Tensor], inputs: Tensor, scores: Tensor) -> Tensor:
-        output = self._network({**self._fixed, **chosen}, (inputs.unsqueeze(0),))
-        product: Tensor = (output * scores.unsqueeze(0)).sum()
-        return product
-
-    def _gradients(self, inputs: Tensor, scores: Tensor) -> dict[str, Tensor]:
-        """Return name to ``(B, *shape)``."""
-        one = grad(self._inner)
-        if self._vectorize:
-            try:
-                result: dict[str, Tensor] = vmap(one, in_dims=(None, 0, 0))(self._chosen, inputs, scores)
-                return result
-            except (RuntimeError, ValueError):  # an operation without a batching rule, such as a recurrent layer
-                self._vectorize = False
-        each = [one(self._chosen, x, s) for x, s in zip(inputs, scores, strict=True)]
-        return {name: torch.stack([gradients[name] for gradients in each]) for name in self._chosen}

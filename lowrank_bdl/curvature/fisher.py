@@ -1,6 +1,6 @@
 """One pass over a data set that sums its log-likelihood and the parts of the Fisher matrix that are asked for."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,11 @@ from lowrank_bdl.curvature.layers import Layer, LayerCall, find_layers, recorded
 from lowrank_bdl.curvature.scores import Labels, OutputLikelihood
 from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.linalg.devices import require_float64
+from lowrank_bdl.linalg.eigen import eigh_psd
 from lowrank_bdl.linalg.memory import require_memory
 from lowrank_bdl.parameters.functional import FunctionalModel, evaluation_mode, to_device
 from lowrank_bdl.parameters.layout import ParameterLayout
+from lowrank_bdl.parameters.wrappers import uncompiled
 
 _AGREEMENT = 1e-2
 """Relative difference from automatic differentiation above which a layer's rule is not trusted: far above rounding in
@@ -76,19 +78,21 @@ class _Accumulators:
         for name, factors in self.kronecker.items():
             factors.add_inputs(calls[name])
 
-    def add_scores(
-        self,
-        inputs: Any,
-        scores: Tensor,
-        calls: Mapping[str, Sequence[LayerCall]],
-        gradients: Mapping[str, Sequence[Tensor]],
+    def add_gradients(
+        self, calls: Mapping[str, Sequence[LayerCall]], gradients: Mapping[str, Sequence[Tensor]]
     ) -> None:
-        for name, factors in self.kronecker.items():
-            factors.add_gradients(gradients[name])
-        for name, layer in self.layers.items():
-            layer.add(calls[name], gradients[name])
-        if self.examples is not None:
-            self.examples.add(inputs, scores)
+        for name, found in gradients.items():
+            if name in self.kronecker:
+                self.kronecker[name].add_gradients(found)
+            if name in self.layers:
+                self.layers[name].add(calls[name], found)
+
+    def add_last(self, name: str, call: LayerCall, total: Tensor, diagonal: Tensor) -> None:
+        """Add a fully connected layer whose output is the network's, from E[s s'] itself."""
+        if name in self.kronecker:
+            self.kronecker[name].add_output_fisher(total)
+        if name in self.layers:
+            self.layers[name].add_output_fisher(call, diagonal)
 
     def sums(self, num_data: int, log_likelihood: float) -> FisherSums:
         kronecker = {}
@@ -145,15 +149,17 @@ def fisher_sums(
         NonFiniteError: If an output, the log-likelihood or a sum is not finite.
         MemoryLimitError: If the sums do not fit the free memory, before anything is computed.
 
-    Cost: one forward and backward pass over the data (``"expected"``: a backward pass an output); memory of one pass
-    and the float64 sums.
+    Cost: one forward and backward pass over the data; memory of one pass and the float64 sums. With ``"expected"`` a
+    backward pass an output, or an input of the last layer where that is fully connected, without positions, and these
+    are fewer; none for the last layer itself, whose E[s s'] is known in closed form.
     """
     require_float64(theta.device, "A Fisher matrix of blocks")
     network = FunctionalModel(model, layout)
     layers = find_layers(model, layout)
     sums: _Accumulators | None = None
-    num_data, total = 0, 0.0
-    with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
+    num_data, total, told_apart = 0, 0.0, False
+    # a compiled network would not call the layers' hooks
+    with evaluation_mode(model), uncompiled(model), torch.inference_mode(False), torch.enable_grad():
         weights = {name: value.detach().clone().requires_grad_() for name, value in network.named(theta).items()}
         for number, batch in enumerate(tqdm(loader, desc="Fisher information", unit="batch", disable=not progress)):
             inputs, targets = _split(batch, network.stateless.device)
@@ -170,15 +176,31 @@ def fisher_sums(
             if not abs(value) < float("inf"):
                 raise NonFiniteError(f"The log-likelihood must be finite; got {value} in batch {number}.")
             num_data, total = num_data + len(outputs), total + value
+            first_of_several = not told_apart and num_data > len(outputs) > 1  # one example is on every axis
+            sound = _trusted(network, weights, list(sums.recorded.values()), inputs) if first_of_several else None
+            told_apart = told_apart or len(outputs) > 1
             for name, layer in sums.recorded.items():
-                if not _well_formed(layer, calls[name], len(outputs)):
+                if not _well_formed(layer, calls[name], len(outputs)) or (sound is not None and layer not in sound):
                     raise ShapeError(
                         f"Layer {name!r} must be called with all {len(outputs)} examples on the first axis in every "
                         f"batch, as it was in the first; it was not in batch {number}. Exclude it."
                     )
             sums.add_inputs(calls)
-            for scores in likelihood.scores(outputs, targets, labels, generator):
-                sums.add_scores(inputs, scores, calls, _output_gradients(outputs, scores, calls))
+            end, scores = outputs, likelihood.scores(outputs, targets, labels, generator)
+            last = _last_layer(sums.recorded, calls, outputs) if labels == "expected" else None
+            if last is not None:
+                call = calls.pop(last)[0]
+                sums.add_last(last, call, *likelihood.output_fisher(outputs))
+                if sums.examples is None:
+                    weight = _fewer_inputs(sums.recorded[last], weights) if calls else None
+                    if weight is not None and call.inputs.requires_grad:
+                        end, scores = call.inputs, _columns_of_roots(likelihood.pulled_fisher(outputs, weight))
+                    elif not calls:
+                        continue
+            for score in scores:
+                sums.add_gradients(calls, _output_gradients(end, score.to(end.dtype), calls))
+                if sums.examples is not None:
+                    sums.examples.add(inputs, score)
         if sums is None or not num_data:
             raise ShapeError("The loader must give at least one example; got none (an exhausted iterator?).")
         return sums.sums(num_data, total)
@@ -220,6 +242,27 @@ def _output_gradients(
         return torch.zeros_like(output) if gradient is None else gradient
 
     return {name: [gradient_of(call.output) for call in each] for name, each in calls.items()}
+
+
+def _last_layer(layers: Mapping[str, Layer], calls: Mapping[str, Sequence[LayerCall]], outputs: Tensor) -> str | None:
+    """Return the fully connected layer that gave the network's output, if one without positions did."""
+    for name, layer in layers.items():
+        each = calls[name]
+        if isinstance(layer.module, nn.Linear) and len(each) == 1 and each[0].result is outputs and outputs.ndim == 2:
+            return name
+    return None
+
+
+def _fewer_inputs(layer: Layer, weights: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the weight ``(o, m)`` that a layer computes with, if m < o."""
+    weight = layer.module._parameters.get("weight") if layer.weight is None else weights[layer.weight]
+    return weight if weight is not None and weight.shape[1] < weight.shape[0] else None
+
+
+def _columns_of_roots(matrices: Tensor) -> Iterator[Tensor]:
+    """Yield ``(N, m)`` m times: columns r with sum r r' = each of the matrices ``(N, m, m)``."""
+    values, vectors = eigh_psd(matrices)
+    yield from (vectors * values.sqrt().unsqueeze(1)).unbind(-1)
 
 
 def _trusted(

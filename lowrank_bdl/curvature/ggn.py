@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from lowrank_bdl.curvature.curvature_operator import CurvatureLinearOperator, Product, Vectors
 from lowrank_bdl.curvature.loss_curvature import LossCurvatureLinearOperator
 from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.linalg.devices import norm_in_float64
 
 OutputProduct: TypeAlias = Callable[[Tensor], Tensor | None]
 
@@ -19,9 +20,14 @@ class GaussNewtonLinearOperator(CurvatureLinearOperator):
     r"""A matrix :math:`\frac1N \sum_n J_n^\top M_n J_n` with :math:`J_n = \partial f_\theta(x_n) / \partial \theta`.
 
     Subclasses say what :math:`M_n` is, a matrix of the size of the output.
+
+    J times one vector is taken by forward-mode differentiation where that gives the matrix of reverse mode, as the
+    first such product finds out: ``no_grad`` blocks, ``Embedding(padding_idx=...)``, hooks on gradients and functions
+    with a backward pass of their own (straight-through estimators) are seen by reverse mode alone, which is what
+    training follows.
     """
 
-    _forward_mode = True
+    _forward_mode: bool | None = None  # None until it is known
 
     @abstractmethod
     def _output_product(self, outputs: Tensor, targets: Tensor, generator: torch.Generator | None) -> OutputProduct:
@@ -44,7 +50,7 @@ class GaussNewtonLinearOperator(CurvatureLinearOperator):
             if self._forward_mode and len(vectors[0]) == 1:
                 try:
                     return self._push_forward(weights, vectors, inputs, targets)
-                except (RuntimeError, NotImplementedError):  # an operation without such a derivative
+                except RuntimeError:  # an operation without such a derivative
                     self._forward_mode = False
             if not transposed:
                 point = torch.zeros_like(outputs, requires_grad=True)  # J'u is linear in u: its derivative is J'
@@ -59,6 +65,25 @@ class GaussNewtonLinearOperator(CurvatureLinearOperator):
             return [None] * len(leaves) if bent is None else self._backward([outputs], leaves, [bent])
 
         return product
+
+    def _products(self, rows: Tensor) -> Tensor:
+        if len(rows) != 1 or self._forward_mode is not None:
+            return super()._products(rows)
+        # a vector of its own: whoever multiplies by a unit vector sees one parameter
+        probe = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)).to(rows)
+        results = super()._products(torch.cat([rows, probe]))
+        self._product_again(probe, results[1])
+        return results[:1]
+
+    def _product_again(self, probe: Tensor, first: Tensor) -> Tensor:
+        self._forward_mode = True
+        again = super()._products(probe)[0]
+        norms = [norm_in_float64(v) for v in (again - first, first)]
+        # false alarms cost time alone, so that the bound can be near rounding; a zero product shows nothing
+        if self._forward_mode and not bool(norms[0] < self._rounding() ** (2 / 3) * norms[1]):
+            self._forward_mode = False
+            return super()._products(probe)[0]
+        return again
 
     @torch.no_grad()
     def _push_forward(

@@ -119,6 +119,14 @@ class KroneckerFactors:
             rows = _merged(layer_gradients(self.layer, gradient))
             self.gradient_sums += rows @ rows.mT
 
+    def add_output_fisher(self, total: Tensor) -> None:
+        """Add the gradients of one batch, where the layer's output is the network's.
+
+        Args:
+            total: Sum of E[s s'] over the examples, shape ``(o, o)``.
+        """
+        self.gradient_sums += total
+
     def decompose(self) -> KroneckerCurvature:
         """Return the eigendecompositions, negative eigenvalues (rounding) set to zero.
 

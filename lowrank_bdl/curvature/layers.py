@@ -173,11 +173,13 @@ class LayerCall:
     Attributes:
         inputs: What entered it; not copied.
         output: What it gave, before anything downstream could change it in place.
+        result: The copy of it that the network went on with.
         version: The input's version when it was recorded.
     """
 
     inputs: Tensor
     output: Tensor
+    result: Tensor
     version: int
 
     def check(self, layer: Layer) -> None:
@@ -201,8 +203,9 @@ def recorded(layers: Mapping[str, Layer]) -> Iterator[dict[str, list[LayerCall]]
     def hook_for(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             inputs = args[0] if args else kwargs["input"]
-            calls[name].append(LayerCall(inputs, output, inputs._version))
-            return output.clone()  # the network may go on in place: `output` must stay what the layer gave
+            result = output.clone()  # the network may go on in place: `output` must stay what the layer gave
+            calls[name].append(LayerCall(inputs, output, result, inputs._version))
+            return result
 
         return hook
 

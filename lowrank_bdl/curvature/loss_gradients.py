@@ -6,10 +6,9 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lowrank_bdl.curvature.kronecker_factors import example_chunks
+from lowrank_bdl.curvature.examples import ExampleGradients
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.parameters.functional import CallFn, StatelessModel, evaluation_mode, to_device
 from lowrank_bdl.parameters.layout import ParameterLayout
@@ -116,7 +115,10 @@ class LossGradients:
         self.model, self.layout, self.loss_fn = model, layout, loss_fn
         self.reduction, self.bn_mode = reduction, bn_mode
         self._network = StatelessModel(model, call_fn)
-        self._vectorize = True
+        self._each = ExampleGradients(
+            lambda weights, inputs, targets: self._network(weights, (inputs, targets)),
+            lambda outputs, targets: scalar_loss(loss_fn, outputs, targets, reduction),
+        )
 
     def split(self, batch: Any) -> tuple[Any, Any, int]:
         """Return a batch ``(x, y)`` on the model's device, and its number of examples, as `split_batch`."""
@@ -151,22 +153,20 @@ class LossGradients:
         """Yield the gradients of each example's loss, shape ``(B, D)`` with B bounded by memory.
 
         Args:
-            batch: ``(x, y)`` as :meth:`split` gives it, x a tensor with the examples on the first axis.
+            batch: ``(x, y)`` as :meth:`split` gives it, the examples being those of y's first axis.
 
         Raises:
-            ShapeError: If x is no such tensor, or the loss of an example is no scalar.
+            ShapeError: If the loss of an example is no scalar, or the examples cannot be told apart; see
+                `ExampleGradients`.
 
-        Cost: a forward and a backward pass, several examples at once by ``vmap`` where every operation has a batching
-        rule.
+        Cost: see `ExampleGradients`.
         """
-        inputs, targets = batch
-        if not isinstance(inputs, Tensor) or inputs.ndim == 0 or len(inputs) != len(targets):
-            form = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
-            raise ShapeError(f"Gradients an example need inputs in one tensor of {len(targets)} examples; got {form}.")
-        weights = self._weights()
-        for part in example_chunks(len(targets), self.layout.numel):
-            with batch_norm_mode(self.model, self.bn_mode):
-                named = self._examples(weights, inputs[part], targets[part])
+        found = self._each(self._weights(), *batch)
+        while True:
+            with batch_norm_mode(self.model, self.bn_mode), torch.enable_grad():
+                named = next(found, None)
+            if named is None:
+                return
             yield self.layout.flatten(named)
 
     def _weights(self) -> dict[str, Tensor]:
@@ -175,19 +175,3 @@ class LossGradients:
     def _loss(self, weights: Mapping[str, Tensor], inputs: Any, targets: Any) -> Tensor:
         outputs = self._network(weights, (inputs, targets))
         return scalar_loss(self.loss_fn, outputs, targets, self.reduction)
-
-    def _example_loss(self, weights: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-        return self._loss(weights, inputs.unsqueeze(0), targets.unsqueeze(0))
-
-    def _examples(self, weights: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
-        one = grad(self._example_loss)
-        if self._vectorize:
-            try:
-                result: dict[str, Tensor] = vmap(one, in_dims=(None, 0, 0))(weights, inputs, targets)
-                return result
-            except ShapeError:
-                raise
-            except (RuntimeError, ValueError):  # an operation without a batching rule, such as a recurrent layer
-                self._vectorize = False
-        each = [one(weights, x, y) for x, y in zip(inputs, targets, strict=True)]
-        return {name: torch.stack([gradients[name] for gradients in each]) for name in weights}

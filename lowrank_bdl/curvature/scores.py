@@ -40,6 +40,12 @@ class OutputLikelihood(Protocol):
     ) -> Iterator[Tensor]:
         """Yield gradients s of the outputs' shape: the sum of s s' over them is the E[s s'] of each example."""
 
+    def output_fisher(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum ``(C, C)`` of E[s s'] over outputs ``(N, C)``, and each one's diagonal ``(N, C)``; float64."""
+
+    def pulled_fisher(self, outputs: Tensor, weight: Tensor) -> Tensor:
+        """Return W' E[s s'] W ``(N, m, m)`` of each of outputs ``(N, C)``, W being ``(C, m)``; float64."""
+
 
 def _float_tensor(outputs: Any) -> Tensor:
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
@@ -142,6 +148,34 @@ class CategoricalScores:
                 score[:, position] *= flat[:, position, number, None].sqrt()
                 yield score.view(probs.shape).movedim(-1, 1).to(outputs.dtype)
 
+    def output_fisher(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of diag(p) - p p' over a batch, and the diagonal of each.
+
+        Args:
+            outputs: Logits ``(N, C)``.
+
+        Returns:
+            ``(C, C)`` and ``(N, C)``, both float64.
+        """
+        probs = outputs.detach().double().softmax(1)
+        return probs.sum(0).diag() - probs.mT @ probs, probs * (1 - probs)
+
+    def pulled_fisher(self, outputs: Tensor, weight: Tensor) -> Tensor:
+        """Return W' (diag(p) - p p') W of each example: the covariance of the rows of W under p.
+
+        Args:
+            outputs: Logits ``(N, C)``.
+            weight: W, shape ``(C, m)``.
+
+        Returns:
+            Shape ``(N, m, m)``, float64.
+
+        Cost: N·C·m numbers, and m times as many operations.
+        """
+        probs, rows = outputs.detach().double().softmax(1), weight.detach().double()
+        centred = (rows - (probs @ rows).unsqueeze(1)) * probs.sqrt().unsqueeze(-1)
+        return centred.mT @ centred
+
     @staticmethod
     def _draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
         """Draw classes by inverting the distribution function in float64."""
@@ -231,6 +265,31 @@ class GaussianScores:
                 score = outputs.new_zeros((len(outputs), size))
                 score[:, number] = 1 / deviation
                 yield score.view(outputs.shape)
+
+    def output_fisher(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return N I / sigma^2, and the diagonal of I / sigma^2 for each example.
+
+        Args:
+            outputs: Means ``(N, C)``.
+
+        Returns:
+            ``(C, C)`` and ``(N, C)``, both float64.
+        """
+        diagonal = torch.full_like(outputs, 1 / self.noise_variance, dtype=torch.float64, requires_grad=False)
+        return diagonal.sum(0).diag(), diagonal
+
+    def pulled_fisher(self, outputs: Tensor, weight: Tensor) -> Tensor:
+        """Return W'W / sigma^2, the same for each example.
+
+        Args:
+            outputs: Means ``(N, C)``.
+            weight: W, shape ``(C, m)``.
+
+        Returns:
+            Shape ``(N, m, m)``, float64.
+        """
+        rows = weight.detach().double()
+        return (rows.mT @ rows / self.noise_variance).expand(len(outputs), -1, -1)
 
 
 def resolve_scores(likelihood: str, noise_variance: float) -> OutputLikelihood:

@@ -303,7 +303,7 @@ class ParameterLayout:
                 f"got shape {tuple(out.shape)} and dtype {out.dtype}."
             )
         for tensor, where, own in zip(tensors, self.slices.values(), self.shapes, strict=True):
-            out[..., where].view((*batch, *own)).copy_(tensor)
+            out[..., where].view((*batch, *own)).copy_(tensor.to_dense() if tensor.is_sparse else tensor)
         return out
 
     def _tensors_of(self, source: Mapping[str, Tensor]) -> tuple[list[Tensor], tuple[int, ...]]:

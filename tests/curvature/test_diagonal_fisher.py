@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_bdl.curvature import diagonal_fisher, kronecker_factors
+from lowrank_bdl.curvature import examples, kronecker_factors
 from lowrank_bdl.curvature.fisher import fisher_sums
 from lowrank_bdl.curvature.scores import CategoricalScores, GaussianScores
-from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.parameters.layout import ParameterLayout
 from tests.curvature.cases import NETS, batches, build, categorical_hessians, jacobians, outputs_of
 from tests.oracles import assert_close
@@ -115,13 +114,13 @@ def test_a_part_of_the_parameters():
 def test_examples_one_by_one_where_vmap_cannot(monkeypatch):
     """A recurrent layer has no batching rule; the result is the same as where there is one."""
     calls = []
-    real = diagonal_fisher.vmap
+    real = examples.vmap
 
     def counted(function, **options):
         calls.append(options)
         return real(function, **options)
 
-    monkeypatch.setattr(diagonal_fisher, "vmap", counted)
+    monkeypatch.setattr(examples, "vmap", counted)
     net, x, y = build("positions")
     exact = diagonal(net, batches(x, y), "true")[0]
     assert len(calls) == 3
@@ -133,19 +132,21 @@ def test_examples_one_by_one_where_vmap_cannot(monkeypatch):
         calls.append(options)
         return fail
 
-    monkeypatch.setattr(diagonal_fisher, "vmap", refuse)
+    monkeypatch.setattr(examples, "vmap", refuse)
     assert_close(diagonal(net, batches(x, y), "true")[0], exact)
     assert len(calls) == 4  # asked once, then never again
 
 
-def test_inputs_that_are_no_tensor():
+def test_inputs_in_mappings():
     class Pair(nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight = nn.Parameter(torch.ones(3))
+            self.weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
 
         def forward(self, inputs):
             return inputs["x"] * self.weight
 
-    with pytest.raises(ShapeError, match="Gradients an example of weight need inputs that are one tensor; got dict"):
-        diagonal(Pair(), [({"x": torch.ones(2, 3)}, torch.tensor([0, 1]))], "true")
+    net, x = Pair(), torch.randn(2, 3, dtype=torch.float64)
+    slopes = (net.weight * x).softmax(1) - torch.eye(3, dtype=torch.float64)[:2]
+    expected = (slopes * x).square().sum(0)
+    assert_close(diagonal(net, [({"x": x}, torch.tensor([0, 1]))], "true")[0], expected.detach())

@@ -165,6 +165,21 @@ def test_an_axis_that_moves_between_batches_is_noticed():
         run(net, loader())
 
 
+def test_a_first_batch_of_one_example_does_not_show_where_others_would_be():
+    class TimeFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3).double()
+
+        def forward(self, x):
+            return torch.tanh(self.layer(x.transpose(0, 1))).mean(0)
+
+    net, data = TimeFirst(), [(torch.randn(n, n, 3).double(), torch.zeros(n, dtype=torch.long)) for n in (1, 4)]
+    with pytest.raises(ShapeError, match="all 4 examples on the first axis in every batch.*it was not in batch 1"):
+        run(net, data)
+    assert set(run(net, data[::-1][:1]).diagonal) == {"layer.weight", "layer.bias"}
+
+
 def test_a_gradient_that_overflows_is_named():
     _, x, y = build("mlp")
     with pytest.raises(NonFiniteError, match="Parameter 'token' must have finite gradients"):
