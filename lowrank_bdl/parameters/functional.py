@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.substitution import Substitution
-from lowrank_bdl.parameters.wrappers import is_compiled, named_buffers, require_module, require_values
+from lowrank_bdl.parameters.wrappers import is_compiled, names_in, require_module, require_values
 
 CallFn: TypeAlias = Callable[[nn.Module, Any], Any]
 
@@ -144,6 +144,7 @@ class StatelessModel:
         require_values(model.named_parameters())
         self.model = model
         self.device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), None)
+        self._plain = {name: plain for plain, name in names_in(model).items()}
         self._call_fn = call_on_inputs if call_fn is None else call_fn
         self._substitution = Substitution(model)
         self._writes_inputs: bool | None = None  # None until the first call has shown it
@@ -166,7 +167,8 @@ class StatelessModel:
             LowRankBDLError: If the network computes with its own parameters in place of the given ones, or has a
                 reentrant checkpoint, through which gradients do not reach these.
         """
-        present = {name: buffer.detach().clone() for name, buffer in named_buffers(self.model).items()}
+        named = nn.Module.named_buffers(self.model)
+        present = {self._plain.get(name, name): buffer.detach().clone() for name, buffer in named}
         for name, value in (buffers or {}).items():
             own = present.get(name)
             if own is None or own.shape != value.shape:

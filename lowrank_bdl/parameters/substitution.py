@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from lowrank_bdl.errors import LowRankBDLError
 from lowrank_bdl.parameters.checkpointing import checkpoints_rerun
 from lowrank_bdl.parameters.witness import WeightWitness
-from lowrank_bdl.parameters.wrappers import data_parallel_parts, named_parameters, names_in, unsynchronized
+from lowrank_bdl.parameters.wrappers import data_parallel_parts, named_parameters, names_in, uncompiled, unsynchronized
 
 
 class _Runner(nn.Module):
@@ -51,6 +51,7 @@ class Substitution:
     def __init__(self, module: nn.Module, *, protect: bool = True) -> None:
         self.module = module
         self._protect = protect
+        self._runner = _Runner(module)
         self._names = names_in(module)
         self._data_parallel = data_parallel_parts(module)
         self._written: dict[tuple[bool, bool], frozenset[str]] = {}
@@ -73,8 +74,8 @@ class Substitution:
             What the function returns.
 
         Raises:
-            LowRankBDLError: If the module computes with parameters of its own in place of given ones, or has a
-                checkpoint through which gradients do not reach these.
+            LowRankBDLError: If the module computes with parameters of its own in place of given ones, uses none of
+                these, or has a checkpoint through which gradients do not reach them.
 
         Cost: what the function costs, and microseconds a tensor; the first run also a copy of the parameters.
         """
@@ -110,7 +111,7 @@ class Substitution:
         witness = WeightWitness(copies, replaced)
 
         def watched() -> Any:
-            with witness:
+            with uncompiled(self.module), witness:  # which does not see into compiled code
                 return function()
 
         output = self._run(copies, buffers, watched)
@@ -119,6 +120,14 @@ class Substitution:
                 "the network must compute with the weights that it is given; it used its own "
                 f"{witness.own_used[0]!r} in their place. A wrapper or a hook that puts weights back does that: pass "
                 "the network inside it."
+            )
+        differentiated = state[1] and any(
+            tensor.requires_grad for tensor in parameters.values()
+        )  # which says it itself
+        if not witness.read and not differentiated and any(tensor.numel() for tensor in parameters.values()):
+            raise LowRankBDLError(
+                "the network must compute with the weights that it is given; it used none of them. A copy of its own "
+                "that it keeps, or a layout of parameters that it does not use, does that."
             )
         self._written[state] = frozenset(witness.written)
         return output
@@ -132,12 +141,14 @@ class Substitution:
     def _run(self, tensors: dict[str, Tensor], buffers: Mapping[str, Tensor], function: Callable[[], Any]) -> Any:
         every = (*tensors.items(), *buffers.items())
         inside = {f"model.{self._names.get(name, name)}": tensor for name, tensor in every}
-        runner = _Runner(self.module)
         if torch.compiler.is_compiling():
-            return functional_call(runner, inside, (function,))
+            return functional_call(self._runner, inside, (function,))
 
         def run(body: Callable[[], Any]) -> Any:
-            with checkpoints_rerun(run, lambda: list(inside.values())), unsynchronized(self._data_parallel):
-                return functional_call(runner, inside, (body,))
+            with checkpoints_rerun(run, lambda: list(inside.values())):
+                return functional_call(self._runner, inside, (body,))
 
-        return run(function)
+        if not self._data_parallel:
+            return run(function)
+        with unsynchronized(self._data_parallel):
+            return run(function)

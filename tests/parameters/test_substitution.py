@@ -195,6 +195,37 @@ def test_a_network_that_uses_its_own_weights_in_place_of_the_given_ones_is_refus
         lb.predict(hooked, torch.zeros(8), [x], progress=False)
 
 
+def test_a_network_that_uses_none_of_the_given_weights_is_refused() -> None:
+    class Cached(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if not hasattr(self, "kept"):
+                self.kept = self.weight.detach().clone(), self.bias.detach().clone()
+            return F.linear(x, *self.kept)
+
+    net, x = Cached(3, 2), torch.randn(4, 3)
+    net(x)
+    with pytest.raises(lb.LowRankBDLError, match="it used none of them"):
+        lb.predict(net, torch.randn(2, 8), [x], progress=False)
+
+
+def test_a_compiled_network_is_watched_too() -> None:
+    torch._dynamo.reset()
+    writes = torch.compile(nn.Sequential(Clamped(3, 5), nn.Tanh(), nn.Linear(5, 2)), backend="eager")
+    x = torch.randn(8, 3)
+    writes(x)  # compiled by now
+    theta = 3 * torch.randn(lb.ParameterLayout.from_module(writes).numel)
+    before = theta.clone()
+    f = lb.FunctionalModel(writes)
+    with torch.no_grad():
+        first = f(theta, x)
+        torch.testing.assert_close(f(theta, x), first)
+    assert torch.equal(theta, before)
+    back = torch.compile(PutsBack(), backend="eager")
+    back(x)
+    with pytest.raises(lb.LowRankBDLError, match=r"it used its own 'inner\.(weight|bias)'"):
+        lb.predict(back, torch.ones(8), [x], progress=False)
+
+
 def test_a_parametrization_whose_values_are_kept_is_refused() -> None:
     net = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
     theta, x = torch.randn(10), torch.randn(4, 3)

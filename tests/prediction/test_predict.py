@@ -410,10 +410,10 @@ def test_bad_input_is_refused():
         run(model, posterior.layout, loader)
     growing = iter(range(2, 9))
     with pytest.raises(ShapeError, match=r"prediction must have shape \(6, 2\); got \(6, 3\)"):
-        run(model, posterior, [loader[0][0]], call_fn=lambda m, b: torch.zeros(6, next(growing)))
+        run(model, posterior, [loader[0][0]], call_fn=lambda m, b: m(b).new_zeros(6, next(growing)))
     growing = iter([2] * 5 + [3] * 5)
     with pytest.raises(ShapeError, match=r"must give mean of one shape an example; got \[\(2,\), \(3,\)\]"):
-        run(model, posterior, [loader[0][0]] * 2, call_fn=lambda m, b: torch.zeros(6, next(growing)))
+        run(model, posterior, [loader[0][0]] * 2, call_fn=lambda m, b: m(b).new_zeros(6, next(growing)))
     with pytest.raises(LowRankBDLError, match="these are classes: see entropy"):
         _ = run(model, posterior, loader).variance
 

@@ -108,7 +108,7 @@ def test_batch_norm_statistics_are_those_of_each_point_and_serve_every_data_set(
         torch.testing.assert_close(found[name].loss, loss, rtol=1e-5, atol=1e-6)
         assert torch.equal(found[name].accuracy, accuracy)
     stale = evaluate_points(model, thetas, train, cross_entropy, progress=False)
-    assert (stale.loss - found["train"].loss).abs().min() > 1e-3
+    assert (stale.loss - found["train"].loss).abs().max() > 1e-3
 
 
 def test_a_fraction_of_the_loader(generator, data):
