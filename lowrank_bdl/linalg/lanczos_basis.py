@@ -205,10 +205,47 @@ def _orthogonalize_one_(vector: Tensor, roots: Sequence[Tensor]) -> Tensor:
     return torch.cat(first_pass) + torch.cat(second_pass)
 
 
+_SAFE_SQUARES = (1e-280, 1e300)
+"""A sum of squares between these has neither lost terms to underflow nor come near an overflow."""
+
+
 def norm(vector: Tensor) -> Tensor:
-    """Return the 2-norm in float64, where squares of 1e-30 do not underflow; no copy of the vector in float64."""
+    """Return the 2-norm in float64, at any scale that the vector's own dtype can hold; no float64 copy of it.
+
+    Squares of float32 numbers fit float64. Those of float64 numbers are taken of the vector over its largest entry
+    where they would not fit; on a device always, since to look would be to wait for it.
+
+    Cost: one read of the vector, two where it is divided by its largest entry.
+    """
+    if vector.dtype != torch.float64:
+        return _sum_of_squares(vector).sqrt()
+    if vector.device.type == "cpu":
+        total = _sum_of_squares(vector)
+        if _SAFE_SQUARES[0] < float(total) < _SAFE_SQUARES[1]:
+            return total.sqrt()
+    largest = torch.linalg.vector_norm(vector, float("inf"))
+    unit = power_of_two(largest)
+    return _sum_of_squares(vector, unit).sqrt() * unit
+
+
+def power_of_two(value: Tensor) -> Tensor:
+    """Return the power of two next to a value >= 0, by which one may divide without rounding; 1 for zero and infinity.
+
+    Example:
+        >>> power_of_two(torch.tensor([5.0, 0.0, 1e-3]))
+        tensor([8.0000, 1.0000, 0.0010])
+    """
+    usable = torch.where((value > 0) & value.isfinite(), value, 0.5)
+    exponent = usable.frexp().exponent.clamp(-1000, 1000)
+    return torch.ldexp(torch.ones_like(usable), exponent)
+
+
+def _sum_of_squares(vector: Tensor, unit: Tensor | None = None) -> Tensor:
+    """Return the sum of squares of ``vector / unit`` in float64."""
     chunks = (to_float64(vector[part]) for part in column_chunks(len(vector), vector.device))
-    return torch.stack([chunk.dot(chunk) for chunk in chunks]).sum().sqrt()
+    if unit is not None:
+        chunks = (chunk / unit for chunk in chunks)
+    return torch.stack([chunk.dot(chunk) for chunk in chunks]).sum()
 
 
 def _project(rows: Tensor, vectors: Tensor) -> Tensor:

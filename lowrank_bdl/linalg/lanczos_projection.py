@@ -11,8 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowrank_bdl.linalg.lanczos_basis import power_of_two
+
 RESOLVED = 0.03
 """Extreme values of what is left beside settled rows are known by residuals below this part of the largest of them."""
+
+
+def column_norms(matrix: Tensor) -> Tensor:
+    """Return the 2-norm of every column of a small float64 matrix, at any scale: no square underflows or overflows."""
+    unit = power_of_two(matrix.abs().amax(0))
+    norms: Tensor = torch.linalg.vector_norm(matrix / unit, dim=0) * unit
+    return norms
 
 
 @dataclass(frozen=True)
@@ -158,10 +167,10 @@ class Projection:
             complete: Whether the last ones before came from random vectors, so that their values bound the rest.
         """
         coupling = self.coefficients[self.size :, : self.size]
-        self.lost[: self.size] = (self.lost[: self.size].square() + coupling.square().sum(0)).sqrt()
+        self.lost[: self.size] = column_norms(torch.cat((self.lost[None, : self.size], coupling)))
         coupling.zero_()
         if complete:
-            values = torch.linalg.eigvalsh(self._symmetric(self.settled, self.size))
+            values = self._eigenvalues(self.settled, self.size)
             self.bounds = torch.stack((values[0], values[-1]))
         self.settled, self.pending, self.latest = self.size, pending, 0
 
@@ -171,11 +180,13 @@ class Projection:
         spans = [(first, last) for first, last in ((0, self.settled), (self.settled, size)) if first < last]
         values, vectors = torch.zeros(size).double(), torch.zeros(size, size).double()
         for first, last in spans:  # apart: pairs of equal value would else be mixed across the two
-            values[first:last], vectors[first:last, first:last] = torch.linalg.eigh(self._symmetric(first, last))
+            unit = power_of_two(self.coefficients.abs().max())  # LAPACK's own scaling is no power of two
+            own, vectors[first:last, first:last] = torch.linalg.eigh(self._symmetric(first, last) / unit)
+            values[first:last] = own * unit
         defects = self.coefficients[: size + self.pending, :size] @ vectors
         defects[:size] -= vectors * values
-        unseen = self.lost[:size].square() @ vectors.square()
-        return Ritz(values, vectors, (defects.square().sum(0) + unseen).sqrt(), self.settled)
+        unseen = column_norms(self.lost[:size, None] * vectors)
+        return Ritz(values, vectors, torch.hypot(column_norms(defects), unseen), self.settled)
 
     def complete(self, ritz: Ritz, tolerance: float) -> bool:
         """Tell whether every pair beside the settled rows is within the tolerance: their space is invariant to it."""
@@ -213,7 +224,7 @@ class Projection:
         """
         before = ritz.values[: ritz.settled]
         if self.size - self.latest > self.settled:
-            fresh = torch.linalg.eigvalsh(self._symmetric(self.settled, self.size - self.latest))
+            fresh = self._eigenvalues(self.settled, self.size - self.latest)
             before = torch.cat((before, fresh))
         before = before[wanted.choose(before)].sort().values
         after = ritz.values[order].sort().values
@@ -230,8 +241,8 @@ class Projection:
         turn, size, count = ritz.vectors[:, keep], self.size, len(keep)
         products = self.coefficients[: size + self.pending, :size] @ turn
         inside = turn.mT @ products[:size]
-        outside = (products[:size] - turn @ inside).square().sum(0)
-        lost = (self.lost[:size].square() @ turn.square() + outside).sqrt()
+        outside = column_norms(products[:size] - turn @ inside)
+        lost = torch.hypot(column_norms(self.lost[:size, None] * turn), outside)
         self.coefficients.zero_()
         self.coefficients[:count, :count] = inside
         self.coefficients[count : count + self.pending, :count] = products[size:]
@@ -239,6 +250,11 @@ class Projection:
         self.lost[:count] = lost
         self.size, self.latest, self.settled = count, 0, int((keep < ritz.settled).sum())
         return turn
+
+    def _eigenvalues(self, first: int, last: int) -> Tensor:
+        unit = power_of_two(self.coefficients.abs().max())
+        values: Tensor = torch.linalg.eigvalsh(self._symmetric(first, last) / unit) * unit
+        return values
 
     def _symmetric(self, first: int, last: int) -> Tensor:
         square = self.coefficients[first:last, first:last]

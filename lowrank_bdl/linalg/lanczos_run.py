@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.linalg.lanczos_basis import LanczosBasis, norm
-from lowrank_bdl.linalg.lanczos_projection import Projection, Ritz
+from lowrank_bdl.linalg.lanczos_projection import Projection, Ritz, column_norms
 
 BREAKDOWN = 10.0
 """A new direction this many roundings long, of the product it is left of, is none."""
@@ -65,7 +65,7 @@ class LanczosRun:
         work = self.basis.workspace(0, min(self.block_size, self.basis.dim))
         work[:given] = start
         self._draw(work[given:])
-        _, coupling, _ = self._append(work, 0)
+        _, coupling, _ = self._append(work, 0, of_operator=False)
         self.projection.pending = len(coupling)
 
     def step(self) -> None:
@@ -88,7 +88,7 @@ class LanczosRun:
         work = self.basis.workspace(size, min(self.block_size, self.basis.dim - size))
         self._draw(work)
         self.basis.orthogonalize_(work, 0, size)  # what remains of them may be small: twice two passes
-        _, coupling, _ = self._append(work, size)
+        _, coupling, _ = self._append(work, size, of_operator=False)
         self.projection.settle(len(coupling), complete)
         self.random = True
 
@@ -121,10 +121,16 @@ class LanczosRun:
         floor = torch.finfo(work.dtype).eps ** 0.5 * known.largest  # a product of rounding errors tells nothing
         return float(norm(work[0])) / float(max(before, floor, torch.finfo(torch.float64).tiny))
 
-    def _append(self, vectors: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _append(self, vectors: Tensor, count: int, of_operator: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Store an orthonormal basis of what vectors ``(w, D)`` have outside the first ``count`` rows after them.
 
         The vectors are overwritten, and may be those rows.
+
+        Args:
+            vectors: Products, or new directions.
+            count: How many rows there are.
+            of_operator: Whether the vectors are products, whose rounding errors are of the size of the operator's
+                largest values; those of new directions are of the size of the directions.
 
         Returns:
             Coefficients in those rows ``(count, w)``, in the new ones ``(new, w)``, and norms of what was left out
@@ -145,13 +151,14 @@ class LanczosRun:
             if not size_before < float("inf"):
                 raise NonFiniteError(f"product {self.num_products} with the operator holds NaN or infinity.")
             coupling[:new, i], coefficients[:, i] = found[2 : 2 + new], found[2 + new :]
-            if new and after < DEPENDENT * float(found[1 : 2 + new].norm()):
+            if new and after < DEPENDENT * float(column_norms(found[1 : 2 + new, None])):
                 again = self.basis.orthogonalize_(vector, 0, count + new)
                 found = torch.cat((norm(vector[0])[None], again[:, 0])).to("cpu")
                 after = found[0].item()
                 coefficients[:, i] += found[1 : 1 + count]
                 coupling[:new, i] += found[1 + count :]
-            rounding = BREAKDOWN * torch.finfo(vectors.dtype).eps * max(size_before, self.projection.largest)
+            size_of_errors = max(size_before, self.projection.largest) if of_operator else size_before
+            rounding = BREAKDOWN * torch.finfo(vectors.dtype).eps * size_of_errors
             if after <= rounding or count + new == self.basis.dim:
                 lost[i] = after
                 continue
