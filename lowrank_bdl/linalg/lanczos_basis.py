@@ -229,11 +229,11 @@ def norm(vector: Tensor) -> Tensor:
 
 
 def power_of_two(value: Tensor) -> Tensor:
-    """Return the power of two next to a value >= 0, by which one may divide without rounding; 1 for zero and infinity.
+    """Return the least power of two above a value >= 0, by which one may divide without rounding; 1 for zero and infinity.
 
     Example:
         >>> power_of_two(torch.tensor([5.0, 0.0, 1e-3]))
-        tensor([8.0000, 1.0000, 0.0010])
+        tensor([8.0000, 1.0000, 0.0020])
     """
     usable = torch.where((value > 0) & value.isfinite(), value, 0.5)
     exponent = usable.frexp().exponent.clamp(-1000, 1000)
