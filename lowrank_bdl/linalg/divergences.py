@@ -21,6 +21,7 @@ from lowrank_bdl.linalg.kl import kl_differentiable, kl_low_rank
 from lowrank_bdl.linalg.kronecker import KroneckerSpectralLinearOperator, kl_kronecker
 from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.structured import StructuredLinearOperator, SumOfLinearOperators
+from lowrank_bdl.linalg.transforms import transformed
 
 LOST = 1e-6
 """Largest estimated error of a divergence between a covariance and a precision [nat, or relative above one nat]."""
@@ -86,7 +87,8 @@ def _expanded(sigma: StructuredLinearOperator, batch: torch.Size) -> LinearOpera
 def _kl_factors(p: LowRankFactors, q: LowRankFactors, mean_p: Tensor, mean_q: Tensor) -> Tensor:
     require_float64(mean_p.device, "A KL divergence")
     tensors = (*vars(p).values(), *vars(q).values(), mean_p, mean_q)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+    wants_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if wants_grad or transformed():
         return kl_differentiable(p, q, mean_p, mean_q)
     return kl_low_rank(p, q, mean_p, mean_q)
 
@@ -98,7 +100,7 @@ def _kl_precisions(
     zero = torch.zeros_like(p.base.diag)
     divergence = _kl_factors(q.base.factors, p.base.factors, zero, zero)
     masses = (p.base.diag == 0) & (mean_p != mean_q)
-    if bool(masses.any()):
+    if transformed() or bool(masses.any()):
         masses = masses & ~(p.base._mixed_root() != 0).any(-1)
         divergence = divergence.masked_fill(masses.any(-1), torch.inf)
     return divergence + 0.5 * _quadratic(q.base, mean_p, mean_q)

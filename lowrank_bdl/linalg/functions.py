@@ -1,21 +1,25 @@
 r"""Autograd functions of low-rank-plus-diagonal matrices, with closed-form gradients.
 
 Gradients to :math:`U = R M` are sums of outer products of D-vectors and R-vectors, so a backward pass is one more walk
-over the root and allocates nothing D x K but the gradient itself. Higher derivatives are not defined.
+over the root and allocates nothing D x K but the gradient itself. Where a gradient is to be differentiated again it is
+taken through the plain torch operations of `plain.py`, and where torch transforms the code the value is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 
+from lowrank_bdl.errors import NotPSDError
+from lowrank_bdl.linalg import plain
 from lowrank_bdl.linalg.capacitance import Capacitance, Projection
 from lowrank_bdl.linalg.devices import require_float64
 from lowrank_bdl.linalg.factors import LowRankFactors, inverse_std, project
 from lowrank_bdl.linalg.kernels import diagonal, lift_, matmul
 from lowrank_bdl.linalg.ridge import Ridge, ridge
+from lowrank_bdl.linalg.transforms import backward_is_transformed, differentiable_gradients, transformed
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
@@ -73,10 +77,12 @@ class MatmulFunction(Function):
         return matmul(factors, columns)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient to every argument, None where none was asked for."""
-        factors, columns = _restore(ctx)
+        factors, columns, *_ = _restore(ctx, 1)
+        if backward_is_transformed(grad):
+            tensors = (factors.root, factors.diag, factors.mix, columns)
+            return None, *_plain_gradients(ctx, factors, plain.matmul, tensors, (grad,), 1)
         inner = factors.mix_transposed(project(factors, columns))
         grad_inner = factors.mix_transposed(project(factors, grad))
         needs = ctx.needs_input_grad
@@ -103,14 +109,16 @@ class SolveFunction(Function):
         result = ridge(factors, capacitance, columns, solve=True, projection=projection)
         assert result.solution is not None
         ctx.factors, ctx.capacitance, ctx.weights = factors, result.capacitance, result.weights
-        ctx.save_for_backward(root, diag, mix, result.solution)
+        ctx.save_for_backward(root, diag, mix, columns, result.solution)
         return result.solution
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient to every argument, None where none was asked for."""
-        factors, solution = _restore(ctx)
+        factors, columns, solution = _restore(ctx, 3)
+        if backward_is_transformed(grad):
+            tensors = (factors.root, factors.diag, factors.mix, columns)
+            return None, None, None, *_plain_gradients(ctx, factors, plain.solve, tensors, (grad,), 3)
         result = ridge(factors, ctx.capacitance, grad, solve=True)
         assert result.solution is not None
         needs = ctx.needs_input_grad
@@ -127,14 +135,16 @@ class DiagonalFunction(Function):
     def forward(ctx: Any, factors: LowRankFactors, root: Tensor, diag: Tensor, mix: Tensor) -> Tensor:
         """Compute the value and keep what the gradient needs."""
         ctx.factors = factors
-        ctx.save_for_backward(root, diag, mix, diag.new_empty(0))
+        ctx.save_for_backward(root, diag, mix)
         return diagonal(factors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient to every argument, None where none was asked for."""
-        factors, _ = _restore(ctx)
+        factors, *_ = _restore(ctx, 1)
+        if backward_is_transformed(grad):
+            tensors = (factors.root, factors.diag, factors.mix)
+            return None, *_plain_gradients(ctx, factors, plain.diagonal, tensors, (grad,), 1)
         needs, dtype = ctx.needs_input_grad, factors.diag.dtype
         root = mix = None
         double = factors.mix.double()
@@ -177,18 +187,22 @@ class InvQuadLogdetFunction(Function):
         keep.append(result)
         if needs_grad:
             ctx.factors, ctx.capacitance, ctx.weights = factors, result.capacitance, result.weights
-            ctx.save_for_backward(root, diag, mix, result.solution)
+            ctx.save_for_backward(root, diag, mix, columns, mean, result.solution)
         return result.quadratic, result.capacitance.logdet.clone()  # a cached tensor must not join this graph
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_quadratic: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient to every argument, None where none was asked for."""
-        factors, solution = _restore(ctx)
+        factors, columns, mean, solution = _restore(ctx, 4)
         require_float64(solution.device, "The derivative of a density")
+        if backward_is_transformed(grad_quadratic, grad_logdet):
+            tensors = (factors.root, factors.diag, factors.mix, columns, mean)
+            outer = (grad_quadratic, grad_logdet)
+            gradients = _plain_gradients(ctx, factors, plain.inv_quad_logdet, tensors, outer, 4)
+            return None, None, None, None, *gradients, None
         needs, weights, dtype = ctx.needs_input_grad, ctx.weights, factors.diag.dtype
         scale = (2 * grad_quadratic).unsqueeze(-2)  # (*B, 1, S)
-        columns = solution * scale.to(dtype) if needs[7] or needs[8] else None
+        to_columns = solution * scale.to(dtype) if needs[7] or needs[8] else None
         pairs = ((solution, -scale * weights),)
         inverse = ctx.capacitance.solve(torch.eye(factors.rank, dtype=torch.float64, device=solution.device))
         double = factors.mix.double()
@@ -218,11 +232,74 @@ class InvQuadLogdetFunction(Function):
                     unmixed += (rows * weight) @ rows.mT
                 extra = unmixed @ double @ inverse
             mix = _mix_gradient(factors, pairs, 2 * grad_logdet[..., None, None] * extra)
-        mean = -columns.sum(-1) if columns is not None and needs[8] else None
-        return None, None, None, None, root, diag, mix, columns if needs[7] else None, mean, None
+        to_mean = -to_columns.sum(-1) if to_columns is not None and needs[8] else None
+        return None, None, None, None, root, diag, mix, to_columns if needs[7] else None, to_mean, None
 
 
-def _restore(ctx: Any) -> tuple[LowRankFactors, Tensor]:
-    """Return the factors, checked by autograd for in-place changes since the forward pass, and the saved columns."""
-    root, diag, mix, columns = ctx.saved_tensors
-    return LowRankFactors(root, diag, mix, ctx.factors.scale), columns
+def apply_matmul(factors: LowRankFactors, columns: Tensor) -> Tensor:
+    """Return ``Sigma X``, differentiable any number of times; shapes as for `MatmulFunction`."""
+    if transformed():
+        return plain.matmul(factors, columns)
+    result: Tensor = MatmulFunction.apply(factors, factors.root, factors.diag, factors.mix, columns)
+    return result
+
+
+def apply_diagonal(factors: LowRankFactors) -> Tensor:
+    """Return the diagonal of Sigma, differentiable any number of times."""
+    if transformed():
+        return plain.diagonal(factors)
+    result: Tensor = DiagonalFunction.apply(factors, factors.root, factors.diag, factors.mix)
+    return result
+
+
+def _restore(ctx: Any, place: int) -> tuple[Any, ...]:
+    """Return the factors, checked by autograd for in-place changes since the forward pass, and what else was saved.
+
+    Args:
+        ctx: Of the function.
+        place: Of the root among its arguments.
+    """
+    scale = ctx.factors.scale
+    if scale is not None and ctx.needs_input_grad[place]:
+        raise NotImplementedError(
+            "expected a root of plain numbers where its gradient is wanted; got codes with block scales. "
+            "Call detach() on the root, or decode it."
+        )
+    root, diag, mix, *others = ctx.saved_tensors
+    return LowRankFactors(root, diag, mix, scale), *others
+
+
+def _plain_gradients(
+    ctx: Any,
+    factors: LowRankFactors,
+    compute: Callable[..., Tensor | tuple[Tensor, ...]],
+    tensors: Sequence[Tensor | None],
+    outer: Sequence[Tensor | None],
+    place: int,
+) -> tuple[Tensor | None, ...]:
+    """Return gradients to ``tensors`` (root, diag, mix and what follows), which can be differentiated again.
+
+    Args:
+        ctx: Of the function.
+        factors: The matrix.
+        compute: An operation of `plain.py`.
+        tensors: Its inputs, from the root on.
+        outer: The incoming gradients.
+        place: Of the root among the arguments of the function.
+
+    Raises:
+        NotPSDError: If the matrix is one that only a QR factorisation resolves: its second derivatives are lost.
+    """
+    capacitance = getattr(ctx, "capacitance", None)
+    if capacitance is not None and capacitance.method == "qr":
+        raise NotPSDError(
+            "second derivatives need variances that are not too far below the deviations; here float64 loses them. "
+            f"Raise the smallest variances, {factors.diag[factors.diag > 0].min().item():.1e} and up, with "
+            "add_jitter()."
+        )
+
+    def of_tensors(root: Tensor, diag: Tensor, mix: Tensor, *others: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return compute(LowRankFactors(root, diag, mix, factors.scale), *others)
+
+    needs = ctx.needs_input_grad[place : place + len(tensors)]
+    return differentiable_gradients(of_tensors, tensors, outer, needs)

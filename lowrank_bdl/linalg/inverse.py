@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from lowrank_bdl.errors import NotPSDError, ShapeError
+from lowrank_bdl.linalg import plain
 from lowrank_bdl.linalg.devices import generator_on, to_float64
-from lowrank_bdl.linalg.factors import inverse_std
+from lowrank_bdl.linalg.factors import LowRankFactors, inverse_std
 from lowrank_bdl.linalg.indices import Index, all_distinct, positions, same_index
 from lowrank_bdl.linalg.operator_state import LowRankPlusDiagState
 from lowrank_bdl.linalg.operator_structure import LowRankPlusDiagStructure
@@ -17,10 +18,11 @@ from lowrank_bdl.linalg.precision_sums import add_precisions, add_to_precision, 
 from lowrank_bdl.linalg.roots import LOST, LowRankPlusDiagRoot, apply_root_
 from lowrank_bdl.linalg.squared import SquaredLinearOperator
 from lowrank_bdl.linalg.structured import StructuredLinearOperator
+from lowrank_bdl.linalg.transforms import differentiable_gradients, transformed
 
 
 class _InverseDiagonalFunction(Function):
-    """The diagonal of the inverse, ``(1 - |L^-1 w_i|^2) / d_i`` by chunks in float64; it refuses a gradient."""
+    """The diagonal of the inverse, ``(1 - |L^-1 w_i|^2) / d_i`` by chunks in float64."""
 
     @staticmethod
     def forward(ctx: Any, core: LowRankPlusDiagState, *tensors: Tensor) -> Tensor:
@@ -41,12 +43,18 @@ class _InverseDiagonalFunction(Function):
                 "the diagonal of the inverse needs variances that are not too far below the deviations; float64 leaves "
                 f"a relative error of about {lost:.0e} (expected at most {LOST:.0e}). Raise them with add_jitter()."
             )
+        ctx.scale = factors.scale
+        ctx.save_for_backward(*tensors)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Refuse."""
-        raise NotImplementedError("the diagonal of the inverse has no gradient here; detach() the operator.")
+        """Return the gradient to root, diagonal and mix by plain torch operations, at the cost of D x K temporaries."""
+
+        def diagonal(root: Tensor, diag: Tensor, mix: Tensor) -> Tensor:
+            return plain.inverse_diagonal(LowRankFactors(root, diag, mix, ctx.scale))
+
+        return None, *differentiable_gradients(diagonal, ctx.saved_tensors, (grad,), ctx.needs_input_grad[1:])
 
 
 class InverseLowRankPlusDiagLinearOperator(StructuredLinearOperator):
@@ -171,7 +179,11 @@ class InverseLowRankPlusDiagLinearOperator(StructuredLinearOperator):
 
     def _diagonal(self) -> Tensor:
         core = self.base._core
-        result: Tensor = _InverseDiagonalFunction.apply(core, core.root, core.diag, core.mix)
+        result: Tensor
+        if transformed():
+            result = plain.inverse_diagonal(core.factors)
+        else:
+            result = _InverseDiagonalFunction.apply(core, core.root, core.diag, core.mix)
         return result.expand(*self.batch_shape, -1)
 
     def inverse(self) -> LowRankPlusDiagStructure:
@@ -193,7 +205,9 @@ class InverseLowRankPlusDiagLinearOperator(StructuredLinearOperator):
         """
         if n < 0:
             raise ValueError(f"the number of draws must be >= 0, got {n}.")
-        if torch.is_grad_enabled() and self.base.requires_grad:  # y ~ N(0, Sigma) gives Sigma^-1 y ~ N(0, Sigma^-1)
+        if transformed() or (
+            torch.is_grad_enabled() and self.base.requires_grad
+        ):  # y ~ N(0, Sigma) gives Sigma^-1 y ~ N(0, Sigma^-1)
             noise = self.base.sample(n, generator)
             draws: Tensor = self.base.solve(noise.movedim(0, -1)).movedim(-1, 0)
             return draws if mean is None else draws + mean

@@ -18,7 +18,9 @@ from torch import Tensor
 from lowrank_bdl.errors import NotPSDError
 from lowrank_bdl.linalg.capacitance import Capacitance, factorize
 from lowrank_bdl.linalg.factors import LowRankFactors, inverse_std
+from lowrank_bdl.linalg.plain import mixed_root
 from lowrank_bdl.linalg.stiff import stiff_ridge
+from lowrank_bdl.linalg.transforms import transformed
 
 LOST = 1e-8
 """Largest estimated error of a divergence [nat, or relative to it above one nat] with which it is returned."""
@@ -107,8 +109,9 @@ def _log_capacitance(capacitance: Capacitance) -> Tensor:
 
 def kl_differentiable(p: LowRankFactors, q: LowRankFactors, mean_p: Tensor, mean_q: Tensor) -> Tensor:
     """Return KL(p || q) by plain differentiable float64 operations; for gradients, at the cost of D x K temporaries."""
-    factorize(p), factorize(q)  # for their checks
-    u_p, u_q = (_mixed(factors) for factors in (p, q))
+    if not transformed():
+        factorize(p), factorize(q)  # for their checks
+    u_p, u_q = mixed_root(p), mixed_root(q)
     d_p, d_q = p.diag.double(), q.diag.double()
     moved = torch.cat((u_p, (mean_p.double() - mean_q.double()).unsqueeze(-1)), dim=-1)
     apart = (((d_p == 0) & (d_q > 0)) | ((d_q == 0) & ((d_p > 0) | (moved != 0).any(-1)))).any(-1)
@@ -130,9 +133,3 @@ def kl_differentiable(p: LowRankFactors, q: LowRankFactors, mean_p: Tensor, mean
     log_det = log_det - cholesky_p.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     ratio: Tensor = (excess - excess.log1p() - (1 + excess) * leverage).sum(-1)
     return (0.5 * (ratio + quadratic) + log_det).masked_fill(apart, float("inf"))
-
-
-def _mixed(factors: LowRankFactors) -> Tensor:
-    root = factors.rows(slice(0, factors.dim), torch.float64).mT
-    mix = factors.mix.double()
-    return root @ mix if mix.ndim else root * mix

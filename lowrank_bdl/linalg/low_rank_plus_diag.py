@@ -7,19 +7,20 @@ import torch
 from linear_operator.operators import LinearOperator, RootLinearOperator
 from torch import Tensor
 
-from lowrank_bdl.linalg import kernels
+from lowrank_bdl.linalg import kernels, plain
 from lowrank_bdl.linalg.capacitance import Capacitance, Projection, ZeroVarianceError
 from lowrank_bdl.linalg.columns import Fold
 from lowrank_bdl.linalg.devices import generator_on, sums_device, to_float64
 from lowrank_bdl.linalg.exact import DENSE_LIMIT_GIB, check_dense_size
 from lowrank_bdl.linalg.factors import only_column, project
-from lowrank_bdl.linalg.functions import DiagonalFunction, InvQuadLogdetFunction, MatmulFunction, SolveFunction
+from lowrank_bdl.linalg.functions import InvQuadLogdetFunction, SolveFunction, apply_diagonal, apply_matmul
 from lowrank_bdl.linalg.inverse import InverseLowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.operator_structure import LowRankPlusDiagStructure
 from lowrank_bdl.linalg.principal_components import principal_components
 from lowrank_bdl.linalg.ridge import Ridge
 from lowrank_bdl.linalg.roots import LowRankPlusDiagRoot
 from lowrank_bdl.linalg.squared import SquaredLinearOperator
+from lowrank_bdl.linalg.transforms import transformed
 from lowrank_bdl.linalg.zero_variances import ConditionedOnZeroVariances
 
 
@@ -67,7 +68,7 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
         if isinstance(other, LinearOperator):
             product: LinearOperator = super().matmul(other)
             return product
-        return self._over_columns(other, MatmulFunction.apply)
+        return self._over_columns(other, apply_matmul)
 
     def _matmul(self, rhs: Tensor) -> Tensor:
         result = self.matmul(rhs)
@@ -90,21 +91,25 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
         """
         core = self._core
         fold = Fold(right_tensor, self.batch_shape, core.batch_shape, self.shape[-1])
-        columns = fold.columns.to(self.dtype)
+        result = fold.undo(self._solve_columns(core, fold.columns.to(self.dtype)))
+        return result if left_tensor is None else left_tensor @ result
+
+    def _solve_columns(self, core: "LowRankPlusDiagLinearOperator", columns: Tensor) -> Tensor:
+        if transformed():
+            return plain.solve(core.factors, columns)
         try:
             capacitance, projection = self._capacitance_for(columns, None)
         except ZeroVarianceError as error:
-            result = fold.undo(ConditionedOnZeroVariances(core, error).solve(columns))
-            return result if left_tensor is None else left_tensor @ result
+            return ConditionedOnZeroVariances(core, error).solve(columns)
         tensors = (core.root, core.diag, core.mix, columns)
-        result = fold.undo(SolveFunction.apply(core.factors, capacitance, projection, *tensors))
-        return result if left_tensor is None else left_tensor @ result
+        solution: Tensor = SolveFunction.apply(core.factors, capacitance, projection, *tensors)
+        return solution
 
     def _over_columns(self, columns: Tensor, apply: Callable[..., Tensor]) -> Tensor:
         """Fold every batch axis that the core does not have into columns, apply, and unfold."""
         core = self._core
         fold = Fold(columns, self.batch_shape, core.batch_shape, self.shape[-1])
-        return fold.undo(apply(core.factors, core.root, core.diag, core.mix, fold.columns.to(self.dtype)))
+        return fold.undo(apply(core.factors, fold.columns.to(self.dtype)))
 
     def inv_quad_logdet(
         self, inv_quad_rhs: Tensor | None = None, logdet: bool | None = False, reduce_inv_quad: bool | None = True
@@ -139,6 +144,8 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
     def _inv_quad_logdet(self, columns: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return quadratic forms ``(*B, S)`` of folded columns minus mean, and the log-determinant, both float64."""
         core = self._core
+        if transformed():
+            return plain.inv_quad_logdet(core.factors, columns, mean)
         try:
             capacitance, projection = self._capacitance_for(columns, mean)
         except ZeroVarianceError as error:
@@ -155,6 +162,8 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
     def num_free(self) -> Tensor:
         """Return the number of coordinates that are not point masses, shape ``(*B,)``, float64."""
         core = self._core
+        if transformed():
+            return plain.num_free(core.factors).expand(self.batch_shape)
         try:
             number = core.capacitance().num_free
         except ZeroVarianceError as error:
@@ -178,13 +187,14 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
         return self.logdet()
 
     def _diagonal(self) -> Tensor:
-        core = self._core
-        result: Tensor = DiagonalFunction.apply(core.factors, core.root, core.diag, core.mix)
-        return result.expand(*self.batch_shape, -1)
+        return apply_diagonal(self._core.factors).expand(*self.batch_shape, -1)
 
     def project(self, columns: Tensor) -> Tensor:
         """Return ``(R M)' X``, shape ``(*B, R, S)``, for ``columns`` X of shape ``(*B, D, S)``, in float64."""
-        return self.factors.mix_transposed(project(self.factors, columns))
+        factors = self.factors
+        if transformed() or (torch.is_grad_enabled() and (self.requires_grad or columns.requires_grad)):
+            return plain.mixed_root(factors).mT @ columns.double()
+        return factors.mix_transposed(project(factors, columns))
 
     def lift(self, columns: Tensor) -> Tensor:
         """Return ``R M Z``, shape ``(*B, D, S)``, for ``columns`` Z of shape ``(*B, R, S)``, in this dtype."""
@@ -215,7 +225,7 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
         core._require_variances()
         extra = batch[: len(batch) - len(core.batch_shape)]
         apart = mean is not None and (bool(extra) or (torch.is_grad_enabled() and mean.requires_grad))
-        if torch.is_grad_enabled() and core.requires_grad:
+        if transformed() or (torch.is_grad_enabled() and core.requires_grad):
             draws = core._reparameterized(n * extra.numel(), generator)
             apart = mean is not None
         else:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.linalg import compiled
+from lowrank_bdl.linalg.transforms import transformed
 
 STATE_NAMES = ("shift", "offset", "sum_sq", "count", "prior_count")
 
@@ -32,8 +33,11 @@ def column_chunks(numel: int, device: torch.device, block: int = 1) -> Iterator[
 
 
 def first_unusable(x: Tensor, bound: float) -> int | None:
-    """Return the flat index of the first entry that is NaN or not within ``±bound``, or None; no D-sized temporary."""
-    if x.numel() == 0:
+    """Return the flat index of the first entry that is NaN or not within ``±bound``, or None; no D-sized temporary.
+
+    Under torch.func and torch.compile numbers cannot be looked at: None.
+    """
+    if x.numel() == 0 or transformed():
         return None
     low, high = torch.aminmax(x)  # both are NaN if any entry is
     if bool((low > -bound) & (high < bound)):

@@ -17,6 +17,7 @@ from lowrank_bdl.linalg.indices import plain_index, same_index
 from lowrank_bdl.linalg.inverse import InverseLowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.structured import StructuredLinearOperator
+from lowrank_bdl.linalg.transforms import transformed
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -125,8 +126,8 @@ class MultivariateNormal(gpytorch.distributions.MultivariateNormal):
         Cost: one read of the root and S D normals; no memory beyond the result where no gradient is asked for.
         """
         if base_samples is not None:
-            transformed: Tensor = super().rsample(_as_size(sample_shape), base_samples)
-            return transformed
+            given: Tensor = super().rsample(_as_size(sample_shape), base_samples)
+            return given
         shape = _as_size(sample_shape)
         sigma = self._sigma
         if self.loc.shape[:-1] != self.batch_shape or sigma.batch_shape != self.batch_shape:
@@ -136,7 +137,7 @@ class MultivariateNormal(gpytorch.distributions.MultivariateNormal):
             if generator is not None:
                 raise NotImplementedError(f"draws of a {type(sigma).__name__} take no generator.")
             draws = sigma.zero_mean_mvn_samples(shape.numel()) + self.loc
-        elif self.loc.requires_grad and torch.is_grad_enabled():
+        elif transformed() or (self.loc.requires_grad and torch.is_grad_enabled()):
             draws = sigma.sample(shape.numel(), generator) + self.loc
         else:
             draws = sigma.sample(shape.numel(), generator, mean=self.loc)

@@ -19,6 +19,7 @@ from lowrank_bdl.linalg.devices import in_dtype, sums_device
 from lowrank_bdl.linalg.factors import LowRankFactors
 from lowrank_bdl.linalg.ridge import Ridge
 from lowrank_bdl.linalg.structured import StructuredLinearOperator
+from lowrank_bdl.linalg.transforms import transformed
 
 
 class LowRankPlusDiagState(StructuredLinearOperator, LowRankRootAddedDiagLinearOperator):
@@ -98,7 +99,7 @@ class LowRankPlusDiagState(StructuredLinearOperator, LowRankRootAddedDiagLinearO
         Raises:
             StaleError: If the operator is pinned and its tensors were modified in place since.
         """
-        if self._pinned is not None and self._pinned != self._versions():
+        if self._pinned is not None and not transformed() and self._pinned != self._versions():
             raise StaleError(
                 "the deviations behind this covariance were changed after it was made (its collector was updated). "
                 "Make a new posterior, or one that owns its deviations with posterior(copy=True)."
@@ -113,7 +114,7 @@ class LowRankPlusDiagState(StructuredLinearOperator, LowRankRootAddedDiagLinearO
             projection: Taken along if a factorisation is made now.
         """
         factors, versions = self.factors, self._versions()
-        if self._unexpanded is not None:
+        if self._core is not self:
             raise AssertionError("an expanded operator factorises its core")
         if self._factored is None or versions is None or self._factored[0] != versions:
             self._factored = (versions or (), factorize(factors, least, projection))
@@ -126,12 +127,13 @@ class LowRankPlusDiagState(StructuredLinearOperator, LowRankRootAddedDiagLinearO
 
         On an accelerator nothing is checked, since that would make the host wait.
         """
+        if transformed():
+            return
         versions = self._versions()
         checked = versions is not None and (
             versions == self._drawable or (self._factored is not None and versions == self._factored[0])
         )
-        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(self.diag)
-        if checked or wrapped or self.device.type != "cpu" or not self.diag.numel():
+        if checked or self.device.type != "cpu" or not self.diag.numel():
             return
         if not float(self.diag.detach().amin()) >= 0:
             self.capacitance()  # which says what is wrong
@@ -144,22 +146,32 @@ class LowRankPlusDiagState(StructuredLinearOperator, LowRankRootAddedDiagLinearO
 
     @property
     def _core(self) -> Self:
-        """The operator without the batch axes that `expand` added; kernels run on it once."""
-        return self if self._unexpanded is None else self._unexpanded
+        """The operator without the batch axes that `expand` added; kernels run on it once.
+
+        An expanded operator whose own tensors ask for gradients, which those of its core would not reach, is its own.
+        """
+        core = self._unexpanded
+        if core is None or any(
+            own.requires_grad and not theirs.requires_grad
+            for own, theirs in ((self.root, core.root), (self.diag, core.diag), (self.mix, core.mix))
+        ):
+            return self
+        return core
 
     def _derived(self, root: Tensor, diag: Tensor, mix: Tensor, root_scale: Tensor | None) -> Self:
         """Make an operator from changed tensors; it stays pinned if it still shares the pinned root."""
         _ = self.factors  # a stale operator gives no further ones
         result = self.__class__(root, diag, mix, root_scale=root_scale)
-        shares = root.untyped_storage().data_ptr() == self.root.untyped_storage().data_ptr()
-        if self._pinned is not None and shares:
+        if self._pinned is None or transformed():
+            return result
+        if root.untyped_storage().data_ptr() == self.root.untyped_storage().data_ptr():
             current = result._versions()
             result._pinned = None if current is None else (self._pinned[0], *current[1:])
         return result
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle and copy the tensors alone, checked to be current: no cache, no pin, no storage beyond a slice."""
-        if self._unexpanded is not None:
+        if self._core is not self:
             return _rebuild_expanded, (self._unexpanded, self.batch_shape)
         return self.__class__, tuple(_compact(tensor) for tensor in vars(self.factors).values())
 

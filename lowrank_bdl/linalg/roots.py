@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 
 from lowrank_bdl.errors import NotPSDError
+from lowrank_bdl.linalg import plain
 from lowrank_bdl.linalg.columns import Fold
 from lowrank_bdl.linalg.devices import in_dtype, to_float64
-from lowrank_bdl.linalg.factors import inverse_std
+from lowrank_bdl.linalg.factors import LowRankFactors, inverse_std
 from lowrank_bdl.linalg.indices import Index
 from lowrank_bdl.linalg.operator_state import LowRankPlusDiagState
 from lowrank_bdl.linalg.structured import StructuredLinearOperator
+from lowrank_bdl.linalg.transforms import backward_is_transformed, differentiable_gradients, transformed
 
 LOST = 1e-3
 """Largest estimated relative error with which a root is applied."""
@@ -75,7 +77,7 @@ def apply_root_(core: LowRankPlusDiagState, columns: Tensor, inverse: bool, tran
 
 
 class _RootFunction(Function):
-    """A product with a root, differentiable in the right-hand side; it refuses a gradient to the matrix."""
+    """A product with a root, differentiable in the matrix and the right-hand side."""
 
     @staticmethod
     def forward(
@@ -88,17 +90,22 @@ class _RootFunction(Function):
     ) -> Tensor:
         """Compute the value."""
         ctx.core, ctx.inverse, ctx.transposed = core, inverse, transposed
+        ctx.save_for_backward(columns, *tensors)
         return apply_root_(core, columns.clone(memory_format=torch.contiguous_format), inverse, transposed)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient to the right-hand side."""
-        if any(ctx.needs_input_grad[4:]):
-            raise NotImplementedError(
-                "a square root of this matrix has no gradient to root, diag or mix; rsample() without base_samples "
-                "draws differentiably."
-            )
+        """Return the gradient to the right-hand side and, by plain torch operations, to the matrix."""
+        columns, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad[3:]
+        if any(needs[1:]) or backward_is_transformed(grad):
+            scale = ctx.core.root_scale
+
+            def product(columns: Tensor, root: Tensor, diag: Tensor, mix: Tensor) -> Tensor:
+                factors = LowRankFactors(root, diag, mix, scale)
+                return plain.root_matmul(factors, columns, ctx.inverse, ctx.transposed)
+
+            return None, None, None, *differentiable_gradients(product, (columns, *tensors), (grad,), needs)
         grad = grad.clone(memory_format=torch.contiguous_format)
         result = apply_root_(ctx.core, grad, ctx.inverse, not ctx.transposed)
         return None, None, None, result, None, None, None
@@ -168,11 +175,13 @@ class LowRankPlusDiagRoot(StructuredLinearOperator):
     def _matmul(self, rhs: Tensor) -> Tensor:
         """Return the product with ``rhs`` of shape ``(*B, D, S)``. Cost: two reads of the root.
 
-        Differentiable in ``rhs`` alone; gradients to the matrix go through `rsample`, or a Cholesky factor.
+        Differentiable in ``rhs`` and the matrix; gradients to the matrix take a D x K temporary or more in float64.
         """
         core = self.base._core
         fold = Fold(rhs, self.base.batch_shape, core.batch_shape, core.shape[-1])
         columns = fold.columns.to(core.dtype)
+        if transformed():
+            return fold.undo(plain.root_matmul(core.factors, columns, self.inverse_root, self.transposed))
         tensors = (core.root, core.diag, core.mix)
         return fold.undo(_RootFunction.apply(core, self.inverse_root, self.transposed, columns, *tensors))
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.linalg.devices import require_float64
 from lowrank_bdl.linalg.moments import column_chunks
+from lowrank_bdl.linalg.transforms import backward_is_transformed, differentiable_gradients, transformed
 
 
 def log_simplex_volume(vertices: "Tensor | Sequence[Tensor]") -> Tensor:
@@ -29,12 +29,13 @@ def log_simplex_volume(vertices: "Tensor | Sequence[Tensor]") -> Tensor:
     Returns:
         Shape ``(*B,)``, float64 [k log(unit of the vertices)]. A point (k = 0) has volume 1. Minus infinity where the
         corners lie in fewer than k dimensions, or a corner is within 1e-7 of the others' span as a fraction of its
-        distance to :math:`v_0`; the gradient is NaN there. Differentiable once.
+        distance to :math:`v_0`; the gradient is NaN there. Differentiable any number of times.
 
     Raises:
         ShapeError: If there is no corner, shapes, dtypes or devices differ, or a dtype is not real floating-point.
 
     Cost: one read of the corners and O(k² D), the gradient as much again; no memory of size D besides the gradient.
+        Higher derivatives and torch.func take float64 copies of the corners.
 
     Source: the volume regulariser of Benton et al., "Loss Surface Simplexes for Mode Connecting Volumes and Fast
     Ensembling" (ICML 2021).
@@ -69,7 +70,7 @@ def log_simplex_volume(vertices: "Tensor | Sequence[Tensor]") -> Tensor:
     require_float64(first.device, "The volume of a simplex")
     if len(corners) == 1:
         return torch.zeros(first.shape[:-1], dtype=torch.float64, device=first.device)
-    value: Tensor = _LogVolume.apply(*corners)
+    value: Tensor = _log_volume(*corners) if transformed() else _LogVolume.apply(*corners)
     return value
 
 
@@ -84,26 +85,18 @@ class _LogVolume(Function):
         for part in column_chunks(first.shape[-1], first.device):
             edges = _edges(corners, part)
             gram += edges @ edges.mT
-        lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-        scales = torch.where(lengths > 0, lengths, 1.0)
-        products = scales[..., :, None] * scales[..., None, :]
-        cholesky, failed = torch.linalg.cholesky_ex(gram / products)  # of unit edges: their lengths may differ by much
-        heights = cholesky.diagonal(dim1=-2, dim2=-1)
-        limit = 16 * (k + 1) * torch.finfo(torch.float64).eps  # rounding of the Gram matrix
-        flat = (failed != 0) | ~(heights.square() > limit).all(-1) | (lengths == 0).any(-1)
-        value = scales.log().sum(-1) + heights.log().sum(-1) - math.lgamma(k + 1)
-        value = value.masked_fill(flat, -torch.inf).masked_fill(gram.isnan().any(-1).any(-1), torch.nan)
+        value, cholesky, products, flat = _from_gram(gram)
         identity = torch.eye(k, dtype=torch.float64, device=first.device)
         inverse = torch.cholesky_inverse(torch.where(flat[..., None, None], identity, cholesky)) / products
         ctx.save_for_backward(inverse.masked_fill(flat[..., None, None], torch.nan), *corners)
-        result: Tensor = value
-        return result
+        return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the rows of (E E')^-1 E, and to v_0 minus their sum; None where no gradient was asked for."""
         inverse, *corners = ctx.saved_tensors
+        if backward_is_transformed(grad):
+            return differentiable_gradients(_log_volume, corners, (grad,), ctx.needs_input_grad)
         weights = grad[..., None, None] * inverse
         gradients = [
             torch.empty_like(v) if need else None for v, need in zip(corners, ctx.needs_input_grad, strict=True)
@@ -121,3 +114,26 @@ def _edges(corners: Sequence[Tensor], part: slice) -> Tensor:
     base = corners[0][..., part].double()
     rows: Tensor = torch.stack([corner[..., part].double() - base for corner in corners[1:]], -2)
     return rows
+
+
+def _log_volume(*corners: Tensor) -> Tensor:
+    """Return the log-volume by plain differentiable torch operations."""
+    edges = _edges(corners, slice(0, corners[0].shape[-1]))
+    gram = edges @ edges.mT
+    value, _, _, flat = _from_gram(gram)
+    zero = 0 * gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return value + torch.where(flat, zero, 1.0).log()  # -inf where flat, and its gradient NaN
+
+
+def _from_gram(gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the log-volume, the Cholesky factor of unit edges, the products of lengths, and which are flat."""
+    lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    scales = torch.where(lengths > 0, lengths, 1.0)
+    products = scales[..., :, None] * scales[..., None, :]
+    cholesky, failed = torch.linalg.cholesky_ex(gram / products)  # of unit edges: their lengths may differ by much
+    heights = cholesky.diagonal(dim1=-2, dim2=-1)
+    limit = 16 * (gram.shape[-1] + 1) * torch.finfo(torch.float64).eps  # rounding of the Gram matrix
+    flat = (failed != 0) | ~(heights.square() > limit).all(-1) | (lengths == 0).any(-1)
+    value = scales.log().sum(-1) + heights.log().sum(-1) - math.lgamma(gram.shape[-1] + 1)
+    value = value.masked_fill(flat, -torch.inf).masked_fill(gram.isnan().any(-1).any(-1), torch.nan)
+    return value, cholesky, products, flat

@@ -81,6 +81,18 @@ class StructuredLinearOperator(ExactLinearOperator):
             raise ShapeError(f"sizes must agree; got {tuple(self.shape)} and {tuple(other.shape)}.")
         return ProductOfLinearOperators(self, other)
 
+    def rmatmul(self, other: Tensor | LinearOperator) -> Any:
+        """Return the product ``other @ self``.
+
+        Raises:
+            NotImplementedError: Inside torch.compile, which passes ``A @ X`` and ``X @ A`` on as the same call.
+        """
+        if torch.compiler.is_compiling() and other.ndim > 1:
+            raise NotImplementedError(
+                "torch.compile cannot tell `operator @ X` from `X @ operator`; inside it call operator.matmul(X)."
+            )
+        return super().rmatmul(other)
+
     def _sum_batch(self, dim: int) -> LinearOperator:
         entries = ((*(slice(None),) * dim, place) for place in range(self.shape[dim]))
         return SumOfLinearOperators(*(self[index] for index in entries))
@@ -413,7 +425,7 @@ class LinearOperatorBlock(ComposedLinearOperator):
         columns = rhs.unsqueeze(-1) if vector else rhs
         shape = (*columns.shape[:-2], self.base.shape[-1], columns.shape[-1])
         embedded = columns.new_zeros(shape).index_add(-2, self.columns, columns)
-        result: Tensor = self.base.matmul(embedded)[..., self.rows, :]
+        result: Tensor = self.base.matmul(embedded).index_select(-2, self.rows)
         return result.squeeze(-1) if vector else result
 
     def select(self, rows: Index, columns: Index) -> LinearOperator:

@@ -15,6 +15,7 @@ from lowrank_bdl.linalg.divergences import kl_gaussians
 from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.moments import first_unusable
 from lowrank_bdl.linalg.multivariate_normal import MultivariateNormal
+from lowrank_bdl.linalg.transforms import transformed
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
 from lowrank_bdl.posteriors import released_formats
@@ -105,7 +106,7 @@ class GaussianPosterior(StoredPosterior, kind="gaussian posterior"):
         bad = first_unusable(variance.detach(), float("inf"))
         if bad is not None:
             raise NonFiniteError(f"variance must be finite; entry {bad} is {variance[bad].item()}.")
-        if variance.numel() and bool((variance < 0).any()):
+        if variance.numel() and not transformed() and bool((variance < 0).any()):
             raise ValueError(f"variance must be >= 0; the smallest is {variance.min().item()}.")
         root = variance.detach().new_empty((0, variance.numel())).mT
         return cls(mean, LowRankPlusDiagLinearOperator(root, variance), layout, provenance)

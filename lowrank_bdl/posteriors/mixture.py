@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.linalg.devices import generator_on, sums_device, to_float64
+from lowrank_bdl.linalg.transforms import transformed
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
 from lowrank_bdl.posteriors.gaussian import sample_size
@@ -181,13 +182,15 @@ class MixturePosterior(StoredPosterior, kind="mixture posterior"):
         terms = torch.stack([to_float64(component.log_prob(theta)) for component in self.components])
         terms = terms + self.weights.log().view(-1, *(1,) * (terms.ndim - 1))
         free = self._free_coordinates().view(-1, *(1,) * (terms.ndim - 1))
-        if bool((free != free[:1]).any()):
+        if transformed() or bool((free != free[:1]).any()):
             possible = torch.where(terms > -torch.inf, free, free.max())
             terms = terms.masked_fill(free > possible.amin(0), -torch.inf)
         return terms.logsumexp(0)
 
     def _free_coordinates(self) -> Tensor:
         """Return how many coordinates of each component are no point masses, int64, shape ``(M,)``."""
+        if transformed():  # nothing that torch.func or torch.compile made may stay
+            return torch.stack([(component.stddev > 0).sum() for component in self.components])
         if self._num_free is None:
             self._num_free = torch.stack([(component.stddev > 0).sum() for component in self.components])
         return self._num_free

@@ -6,7 +6,6 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
 from lowrank_bdl.curvature.data import Data, fixed_batches
@@ -21,6 +20,7 @@ from lowrank_bdl.curvature.loss_gradients import (
 )
 from lowrank_bdl.errors import LowRankBDLError, ShapeError
 from lowrank_bdl.linalg.devices import sums_device, to_float64
+from lowrank_bdl.linalg.transforms import differentiable_gradients, transformed
 from lowrank_bdl.parameters.batch_norm import recalibrate_batch_norm
 from lowrank_bdl.parameters.functional import CallFn, FunctionalModel, is_plain_perceptron
 from lowrank_bdl.parameters.layout import ParameterLayout
@@ -96,15 +96,19 @@ class _WithGradient(torch.autograd.Function):
     """Values whose gradients with respect to the weights are known already."""
 
     @staticmethod
-    def forward(ctx: Any, thetas: Tensor, values: Tensor, gradients: Tensor) -> Tensor:
-        ctx.save_for_backward(gradients)
+    def forward(
+        ctx: Any, thetas: Tensor, values: Tensor, gradients: Tensor, again: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.save_for_backward(thetas, gradients)
+        ctx.again = again
         return values.clone()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
-        (gradients,) = ctx.saved_tensors
-        return outer.unsqueeze(-1).to(gradients) * gradients, None, None
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        thetas, gradients = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return outer.unsqueeze(-1).to(gradients) * gradients, None, None, None
+        return *differentiable_gradients(ctx.again, (thetas,), (outer,), (True,)), None, None, None
 
 
 class LogJoint:
@@ -115,8 +119,9 @@ class LogJoint:
     :meth:`log_prior` is not.
 
     The value is differentiable in z. Gradients are taken batch by batch, with respect to the weights, and brought to z
-    at the end, so that memory is that of one batch; second derivatives are not available. The network runs in
-    evaluation mode; its weights, buffers and modes stay as they are.
+    at the end, so that memory is that of one batch. Higher derivatives (``create_graph=True``), torch.func and
+    forward-mode differentiation evaluate the network on all data again with one graph: memory is that of all batches.
+    The network runs in evaluation mode; its weights, buffers and modes stay as they are.
 
     Batch norm: the stored statistics, whatever z; with ``bn_loader`` those of the weights at each z, computed anew from
     that loader and treated as constants by gradients; with ``bn_mode="train"`` those of each batch of ``data``, as in
@@ -351,7 +356,14 @@ class LogJoint:
 
     def _over(self, z: Tensor, batches: Iterable[Any], keep: bool, thresholds: "Tensor | None" = None) -> Tensor:
         """Tempered log-likelihoods ``(S,)`` of some batches, or bounds below thresholds; a sum over all is kept."""
+        if transformed():
+            self.num_evaluations += len(z) if keep else 0
+            return self._differentiable(self.subspace.to_theta(z.to(self.subspace.origin)), batches) / self.temperature
         needs_gradient = torch.is_grad_enabled() and z.requires_grad
+
+        def again(thetas: Tensor) -> Tensor:
+            return self._differentiable(thetas, batches)
+
         size = max(self.rank, _WEIGHTS_AT_ONCE // self._network.layout.numel, 1)
         origin = self.subspace.origin
         if keep and self._kept is not None:
@@ -361,7 +373,7 @@ class LogJoint:
                 return values.to(sums_device(z.device)) / self.temperature
             if same and gradients is not None:
                 thetas = self.subspace.to_theta(z.to(origin))
-                result: Tensor = _WithGradient.apply(thetas, values, gradients)
+                result: Tensor = _WithGradient.apply(thetas, values, gradients, again)
                 return result.to(sums_device(z.device)) / self.temperature
         found, slopes = [], []
         for start in range(0, len(z), size):
@@ -371,7 +383,7 @@ class LogJoint:
             values, gradients = self._evaluate(thetas.detach(), batches, needs_gradient, limits)
             if gradients is not None:
                 slopes.append(gradients)
-                values = _WithGradient.apply(thetas, values, gradients)
+                values = _WithGradient.apply(thetas, values, gradients, again)
             found.append(values)
             if keep or limits is not None:
                 self.num_evaluations += len(part)
@@ -388,16 +400,7 @@ class LogJoint:
         With tempered limits ``(S,)``, those that fall to theirs are left where they are.
         """
         model, device = self._network.stateless.model, self._network.stateless.device
-        buffers: Mapping[str, Tensor] = {}
-        if self._bn_loader is not None:
-            buffers = recalibrate_batch_norm(
-                model,
-                thetas,
-                self._bn_loader,
-                layout=self._network.layout,
-                call_fn=self._call_fn,
-                fraction=self._bn_fraction,
-            )
+        buffers = self._statistics(thetas)
         totals = torch.zeros(len(thetas), dtype=torch.float64, device=sums_device(device or thetas.device))
         gradients = torch.zeros_like(thetas) if needs_gradient else None
         num_data = num_batches = 0
@@ -428,6 +431,45 @@ class LogJoint:
         if batches is self._data and going:
             self._num_data = num_data
         return totals, gradients
+
+    def _statistics(self, thetas: Tensor) -> Mapping[str, Tensor]:
+        """The buffers of batch normalisation at given weights ``(S, D)``, where a loader for them was given."""
+        if self._bn_loader is None:
+            return {}
+        if transformed():
+            raise NotImplementedError(
+                "expected a LogJoint without bn_loader under torch.func and torch.compile; got one with it: "
+                "torch.autograd differentiates it, with statistics as constants."
+            )
+        return recalibrate_batch_norm(
+            self._network.stateless.model,
+            thetas.detach(),
+            self._bn_loader,
+            layout=self._network.layout,
+            call_fn=self._call_fn,
+            fraction=self._bn_fraction,
+        )
+
+    def _differentiable(self, thetas: Tensor, batches: Iterable[Any]) -> Tensor:
+        """Log-likelihoods ``(S,)`` by one graph over all batches, differentiable any number of times."""
+        model, device = self._network.stateless.model, self._network.stateless.device
+        buffers = self._statistics(thetas)
+        sums = sums_device(device or thetas.device)
+        self._deferred.clear()
+        total, read = torch.zeros(len(thetas), dtype=torch.float64, device=sums), False
+        with batch_norm_mode(model, self._bn_mode):
+            for batch in batches:
+                inputs, targets, size = split_batch(batch, device)
+                groups = _row_groups(range(len(thetas)), self._chunk(len(thetas), size))
+                pieces = ((thetas[rows], {name: value[rows] for name, value in buffers.items()}) for rows in groups)
+                total = total + torch.cat([self._together(part, (inputs, targets), own) for part, own in pieces])
+                read = True
+        if not transformed():
+            check_deferred(self._deferred)
+        self._deferred.clear()
+        if not read:
+            raise ShapeError("data must give at least one batch; got none.")
+        return total
 
     def _chunk(self, number: int, rows: int) -> int:
         """How many of a number of networks to evaluate together on a batch of some rows."""

@@ -266,3 +266,47 @@ def test_scaled_roots_are_pinned_too() -> None:
         op.to(F64)
     with pytest.raises(StaleError, match="were changed after it was made"):
         op.to(F32)
+
+
+@pytest.mark.parametrize("derive", ["expand", "repeat", "inverse", "distribution", "twice"])
+@pytest.mark.parametrize("batched_mix", [False, True])
+def test_requires_grad_after_expand_reaches_every_tensor(derive: str, batched_mix: bool) -> None:
+    generator = torch.Generator().manual_seed(2)
+    root = torch.randn(4, 2, generator=generator, dtype=torch.float64)
+    diag = torch.rand(4, generator=generator, dtype=torch.float64) + 0.5
+    mix = torch.randn(2, 3, generator=generator, dtype=torch.float64) if batched_mix else None
+    core = LowRankPlusDiagLinearOperator(root, diag, mix)
+    core.logdet()  # a factorisation of the core is at hand, and must not be used
+    if derive == "repeat":
+        expanded = core.repeat(3, 1, 1)
+    elif derive == "twice":
+        expanded = core.expand(1, 4, 4).expand(3, 4, 4)
+    elif derive == "inverse":
+        expanded = core.inverse().expand(3, 4, 4).base
+    elif derive == "distribution":
+        expanded = MultivariateNormal(diag, core).expand([3]).lazy_covariance_matrix
+    else:
+        expanded = core.expand(3, 4, 4)
+    expanded.requires_grad_(True)
+    weights = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    columns = torch.randn(3, 4, 2, generator=generator, dtype=torch.float64)
+
+    def value(op: LowRankPlusDiagLinearOperator) -> Tensor:
+        terms = op.logdet() + op.inv_quad(columns) + (op @ columns + op.solve(columns)).sum((-2, -1))
+        return (weights * (terms + op.diagonal().square().sum(-1))).sum()
+
+    value(expanded).backward()
+    tensors = [t.detach().clone().requires_grad_() for t in (root.expand(3, 4, 2), diag.expand(3, 4))]
+    right = torch.autograd.grad(value(LowRankPlusDiagLinearOperator(*tensors, mix)), tensors)
+    torch.testing.assert_close((expanded.root.grad, expanded.diag.grad), right, rtol=1e-10, atol=1e-10)
+    assert root.grad is None and not root.requires_grad
+    if batched_mix:
+        assert expanded.mix.grad is not None
+
+
+def test_gradients_of_the_core_still_reach_it_through_expand() -> None:
+    root = torch.ones(3, 1, dtype=torch.float64, requires_grad=True)
+    diag = torch.ones(3, dtype=torch.float64)
+    LowRankPlusDiagLinearOperator(root, diag).expand(5, 3, 3).logdet().sum().backward()
+    assert root.grad is not None
+    torch.testing.assert_close(root.grad, torch.full_like(root, 5 * 2 / 4))  # d log(1 + r'r) = 2 r / (1 + r'r)

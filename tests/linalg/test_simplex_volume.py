@@ -136,3 +136,35 @@ def test_refusals():
         log_simplex_volume([torch.zeros(2), torch.zeros(3)])
     with pytest.raises(ShapeError, match=r"and \(2,\) torch.float64 cpu"):
         log_simplex_volume([torch.zeros(2), torch.zeros(2, dtype=torch.float64)])
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 4, 6), (2, 1)])
+def test_derivatives_of_any_order(shape):
+    """gradgradcheck, third derivatives and torch.func against the determinant of the Gram matrix."""
+    corners = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+
+    def dense(v):
+        edges = v[..., 1:, :] - v[..., :1, :]
+        return 0.5 * (edges @ edges.mT).logdet() - math.lgamma(v.shape[-2])
+
+    assert torch.autograd.gradcheck(log_simplex_volume, corners)
+    assert torch.autograd.gradgradcheck(log_simplex_volume, corners)
+    right = torch.autograd.functional.hessian(lambda v: dense(v).sum(), corners)
+    for hessian in (torch.autograd.functional.hessian, lambda f, v: torch.func.hessian(f)(v)):
+        found = hessian(lambda v: log_simplex_volume(v).sum(), corners)
+        torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-9)
+
+    def third(function):
+        (first,) = torch.autograd.grad(function(corners).sum(), corners, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), corners, create_graph=True)
+        return torch.autograd.grad(second.square().sum(), corners)[0]
+
+    torch.testing.assert_close(third(log_simplex_volume), third(dense), rtol=1e-8, atol=1e-8)
+
+
+def test_flat_simplexes_have_no_higher_derivatives_either():
+    corners = torch.tensor([[[0.0, 0], [1, 1], [2, 2]], [[0, 0], [1, 0], [0, 2]]], dtype=torch.float64)
+    value, gradient = torch.func.vjp(log_simplex_volume, corners)
+    assert value[0] == -torch.inf and math.isclose(value[1].item(), 0.0, abs_tol=1e-12)
+    (slopes,) = gradient(torch.ones(2, dtype=torch.float64))
+    assert torch.isnan(slopes[0]).all() and torch.isfinite(slopes[1]).all()

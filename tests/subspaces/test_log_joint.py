@@ -369,3 +369,51 @@ def test_refuses_z_and_networks_that_do_not_fit(generator: torch.Generator) -> N
     with pytest.raises(LowRankBDLError, match="cannot be evaluated at several z at once .* pass vectorize=False"):
         LogJoint(subspace_of(branching, generator), branching, "categorical", pair, vectorize=True)(z)
     assert bool(LogJoint(subspace_of(branching, generator), branching, "categorical", pair)(z).isfinite().all())
+
+
+@pytest.mark.parametrize("kind", ["categorical", "loss", "batch norm", "one by one"])
+def test_derivatives_of_any_order(generator: torch.Generator, kind: str) -> None:
+    """Hessians by every way of torch, and a third derivative, against the network written out."""
+    if kind == "batch norm":
+        net = convnet(generator).eval()
+        x, y = torch.randn(11, 1, 3, generator=generator).double(), torch.randint(3, (11,), generator=generator)
+        options: dict[str, Any] = {"bn_loader": [(x[:6],), (x[6:],)]}
+    else:
+        net, (x, y) = classifier(generator), data(generator)
+        options = {"vectorize": kind != "one by one"}
+    subspace = subspace_of(net, generator)
+    likelihood = None if kind == "loss" else "categorical"
+    if kind == "loss":
+        options["loss_fn"] = cross_entropy
+    target = LogJoint(subspace, net, likelihood, ragged(x, y), temperature=2.0, prior_std=1.5, **options)
+    z = points(generator, 1)[0].requires_grad_()
+    layout = subspace.layout
+    assert layout is not None
+    buffers = {}
+    if kind == "batch norm":
+        found = recalibrate_batch_norm(net, subspace.to_theta(z.detach()).unsqueeze(0), [(x[:6],), (x[6:],)])
+        buffers = {name: value[0] for name, value in found.items()}
+
+    def right(z: Tensor) -> Tensor:
+        theta = subspace.origin + subspace.basis @ z
+        output = torch.func.functional_call(net, {**layout.unflatten(theta), **buffers}, (x,))
+        return -cross_entropy(output, y, reduction="sum") / 2 - z.square().sum() / (2 * 1.5**2)
+
+    dense = torch.autograd.functional.hessian(right, z)
+    assert_close(torch.autograd.functional.hessian(target, z), dense, cond=1e3)
+    value = target(z)  # again at the same place: from the gradients that are kept
+    (slope,) = torch.autograd.grad(value, z, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope[0] * slope[1], z, create_graph=True)
+    (third,) = torch.autograd.grad(curvature.prod(), z)
+    (slope,) = torch.autograd.grad(right(z), z, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope[0] * slope[1], z, create_graph=True)
+    assert_close(third, torch.autograd.grad(curvature.prod(), z)[0], cond=1e3)
+    if kind == "batch norm":
+        with pytest.raises(NotImplementedError, match="expected a LogJoint without bn_loader under torch.func"):
+            torch.func.grad(target)(z.detach())
+        return
+    assert_close(torch.func.hessian(target)(z.detach()), dense, cond=1e3)
+    assert_close(torch.func.jacrev(torch.func.grad(target))(z.detach()), dense, cond=1e3)
+    several = points(generator, 3)
+    each = torch.stack([torch.func.grad(right)(row) for row in several])
+    assert_close(torch.vmap(torch.func.grad(target))(several), each, cond=1e3)
