@@ -232,8 +232,8 @@ def power_of_two(value: Tensor) -> Tensor:
     """Return the least power of two above a value >= 0, by which one may divide without rounding; 1 for zero and infinity.
 
     Example:
-        >>> power_of_two(torch.tensor([5.0, 0.0, 1e-3]))
-        tensor([8.0000, 1.0000, 0.0020])
+        >>> power_of_two(torch.tensor([5.0, 0.0, 0.1]))
+        tensor([8.0000, 1.0000, 0.1250])
     """
     usable = torch.where((value > 0) & value.isfinite(), value, 0.5)
     exponent = usable.frexp().exponent.clamp(-1000, 1000)
