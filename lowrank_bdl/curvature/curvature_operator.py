@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lowrank_bdl.curvature.backward import Backward, differentiable_kernels, is_missing_derivative, vectors_at_once
-from lowrank_bdl.curvature.data import Data, fixed_batches
 from lowrank_bdl.curvature.embeddings import has_sparse_embedding
-from lowrank_bdl.curvature.loss_gradients import BatchNormMode, batch_norm_mode, check_modes, split_batch
+from lowrank_bdl.curvature.loss_gradients import BatchNormMode, batch_norm_mode, check_modes
 from lowrank_bdl.errors import LowRankBDLError, NonFiniteError, ShapeError, StaleError
 from lowrank_bdl.linalg.devices import norm_in_float64, to_float64
 from lowrank_bdl.linalg.exact import DENSE_LIMIT_GIB, check_dense_size
 from lowrank_bdl.linalg.expanded import UnbatchedLinearOperator
 from lowrank_bdl.linalg.memory import require_memory
-from lowrank_bdl.parameters.functional import CallFn, FunctionalModel
+from lowrank_bdl.parameters.batches import CallFn, Data, TargetFn, fixed_batches, joined, split_batch
+from lowrank_bdl.parameters.functional import FunctionalModel
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
 from lowrank_bdl.parameters.wrappers import named_parameters, uncompiled
@@ -47,7 +47,8 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
         exclude: Likewise.
         bn_mode: See `batch_norm_mode`.
         chunk_size: How many vectors go through a graph at once; None decides by memory.
-        call_fn: ``call_fn(model, batch)`` gives the outputs; None calls ``model(x)``.
+        call_fn: ``call_fn(model, batch)`` gives the outputs; None is `call_on_inputs`.
+        target_fn: ``target_fn(batch)`` gives the targets; None is `targets_of`.
 
     Attributes:
         layout: Names, shapes and order of the D coordinates.
@@ -68,6 +69,7 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
         bn_mode: BatchNormMode,
         chunk_size: int | None,
         call_fn: CallFn | None,
+        target_fn: TargetFn | None,
     ) -> None:
         if layout is not None and not (include is None and exclude is None):
             raise ValueError("a layout says which parameters to take; expected no include or exclude beside it.")
@@ -81,6 +83,7 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
         self.num_data = None
         self._network = FunctionalModel(model, self.layout, call_fn)
         self._batches = fixed_batches(data)
+        self._target_fn = target_fn
         self._bn_mode: BatchNormMode = bn_mode
         self._chunk_size = chunk_size
         self._seed: int | None = None
@@ -105,7 +108,7 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
         own = set(self.layout.names)
         model = self._network.stateless.model
         rest = {name: tensor.detach() for name, tensor in named_parameters(model).items() if name not in own}
-        return self._network.stateless({**rest, **weights}, (inputs, targets))
+        return self._network.stateless({**rest, **weights}, joined(inputs, targets))
 
     # ---- products ---------------------------------------------------------------------------------------------------
 
@@ -172,7 +175,7 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
             leaves = self._network.named(self.theta)
             weights = {name: tensor.detach().requires_grad_() for name, tensor in leaves.items()}
             for batch in self._batches:
-                inputs, targets, size = split_batch(batch, device)
+                inputs, targets, size = split_batch(batch, device, self._target_fn)
                 step = self._rows_at_once(len(rows), weights, inputs, targets)
                 product = self._linearize(weights, inputs, targets, generator)
                 for start in range(0, len(rows), step):

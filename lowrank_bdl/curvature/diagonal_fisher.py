@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lowrank_bdl.curvature.examples import ExampleGradients
 from lowrank_bdl.curvature.kronecker_factors import example_chunks
 from lowrank_bdl.curvature.layers import Layer, LayerCall, layer_gradients, layer_inputs
+from lowrank_bdl.parameters.batches import joined
 from lowrank_bdl.parameters.functional import StatelessModel
 
 
@@ -161,7 +162,7 @@ class ExampleDiagonal:
         self._chosen = {name: weights[name].detach() for name in names}
         fixed = {name: weight.detach() for name, weight in weights.items() if name not in self._chosen}
         self._each = ExampleGradients(
-            lambda chosen, inputs, scores: network({**fixed, **chosen}, (inputs,)),
+            lambda chosen, inputs, scores: network({**fixed, **chosen}, joined(inputs)),
             lambda outputs, scores: (outputs * scores).sum(),
         )
         self.sums = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in self._chosen.items()}

@@ -21,7 +21,8 @@ from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.linalg.devices import require_float64
 from lowrank_bdl.linalg.eigen import eigh_psd
 from lowrank_bdl.linalg.memory import require_memory
-from lowrank_bdl.parameters.functional import FunctionalModel, evaluation_mode, to_device
+from lowrank_bdl.parameters.batches import CallFn, TargetFn, joined, split_batch
+from lowrank_bdl.parameters.functional import FunctionalModel, evaluation_mode
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.wrappers import uncompiled
 
@@ -120,6 +121,8 @@ def fisher_sums(
     diagonal: bool,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    call_fn: CallFn | None = None,
+    target_fn: TargetFn | None = None,
 ) -> FisherSums:
     """Sum log-likelihood and Fisher information over a data set, at given weights, in one pass.
 
@@ -140,6 +143,8 @@ def fisher_sums(
         diagonal: Diagonals for the parameters that these do not cover.
         generator: Source of the sampled labels.
         progress: Show a progress bar.
+        call_fn: ``call_fn(model, batch)`` gives the outputs; None is `call_on_inputs`.
+        target_fn: ``target_fn(batch)`` gives the targets; None is `targets_of`.
 
     Returns:
         The sums.
@@ -154,7 +159,7 @@ def fisher_sums(
     are fewer; none for the last layer itself, whose E[s s'] is known in closed form.
     """
     require_float64(theta.device, "A Fisher matrix of blocks")
-    network = FunctionalModel(model, layout)
+    network = FunctionalModel(model, layout, call_fn)
     layers = find_layers(model, layout)
     sums: _Accumulators | None = None
     num_data, total, told_apart = 0, 0.0, False
@@ -162,12 +167,12 @@ def fisher_sums(
     with evaluation_mode(model), uncompiled(model), torch.inference_mode(False), torch.enable_grad():
         weights = {name: value.detach().clone().requires_grad_() for name, value in network.named(theta).items()}
         for number, batch in enumerate(tqdm(loader, desc="Fisher information", unit="batch", disable=not progress)):
-            inputs, targets = _split(batch, network.stateless.device)
+            inputs, targets, _ = split_batch(batch, network.stateless.device, target_fn)
             if sums is None:
                 trusted = _trusted(network, weights, layers, inputs)
                 sums = _Accumulators(network, weights, trusted, kronecker, diagonal)
             with recorded(sums.recorded) as calls:
-                raw = network.stateless(weights, (inputs,))
+                raw = network.stateless(weights, joined(inputs))
             outputs, targets = likelihood.check(raw, targets)
             if not outputs.requires_grad:
                 raise ShapeError(f"The output must depend on the {len(layout.names)} parameters given; it does not.")
@@ -204,16 +209,6 @@ def fisher_sums(
         if sums is None or not num_data:
             raise ShapeError("The loader must give at least one example; got none (an exhausted iterator?).")
         return sums.sums(num_data, total)
-
-
-def _split(batch: Any, device: torch.device | None) -> tuple[Any, Any]:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        form = type(batch).__name__ + (f" of {len(batch)} entries" if isinstance(batch, (tuple, list, dict)) else "")
-        raise ShapeError(f"A batch must be (x, y): a Fisher matrix needs targets; got {form}.")
-    inputs, targets = batch if device is None else (to_device(part, device) for part in batch)
-    if isinstance(inputs, Tensor) and inputs.is_inference():  # a loader under inference_mode; autograd cannot save it
-        inputs = inputs.clone()
-    return inputs, targets
 
 
 def _require_finite(outputs: Tensor, number: int) -> None:
@@ -274,7 +269,7 @@ def _trusted(
     shows gradients where there must be none.
     """
     with recorded({layer.name: layer for layer in layers}) as calls:
-        outputs = network.stateless(weights, (inputs,))
+        outputs = network.stateless(weights, joined(inputs))
     if not isinstance(outputs, Tensor) or not outputs.requires_grad or not outputs.is_floating_point():
         return []  # the likelihood will say what is wrong with it
     _require_finite(outputs, 0)

@@ -5,11 +5,10 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lowrank_bdl.curvature.data import Data
 from lowrank_bdl.curvature.ggn import GaussNewtonLinearOperator, OutputProduct
 from lowrank_bdl.curvature.loss_gradients import BatchNormMode
 from lowrank_bdl.curvature.scores import GaussianScores, Labels, resolve_scores
-from lowrank_bdl.parameters.functional import CallFn
+from lowrank_bdl.parameters.batches import CallFn, Data, TargetFn
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
 
@@ -48,6 +47,7 @@ class FisherLinearOperator(GaussNewtonLinearOperator):
         check: Whether to see that F is the same every time.
         chunk_size: How many vectors of a block go through the graph at once.
         call_fn: ``call_fn(model, batch)`` gives the outputs.
+        target_fn: ``target_fn(batch)`` gives the targets.
 
     Raises:
         ShapeError: If no parameter is selected, or outputs and targets do not fit the likelihood.
@@ -82,6 +82,7 @@ class FisherLinearOperator(GaussNewtonLinearOperator):
         check: bool = True,
         chunk_size: int | None = None,
         call_fn: CallFn | None = None,
+        target_fn: TargetFn | None = None,
     ) -> None:
         if kind not in _LABELS:
             raise ValueError(f"kind must be one of {', '.join(_LABELS)}; got {kind!r}.")
@@ -97,6 +98,7 @@ class FisherLinearOperator(GaussNewtonLinearOperator):
             bn_mode=bn_mode,
             chunk_size=chunk_size,
             call_fn=call_fn,
+            target_fn=target_fn,
         )
         self.kind: FisherKind = kind
         self._num_samples = num_samples

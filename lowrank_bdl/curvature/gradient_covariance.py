@@ -21,7 +21,7 @@ from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.memory import require_memory
 from lowrank_bdl.linalg.moments import StreamingMoments, first_unusable
 from lowrank_bdl.linalg.ring_buffer import DeviationBuffer
-from lowrank_bdl.parameters.functional import CallFn
+from lowrank_bdl.parameters.batches import CallFn, TargetFn
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.memory_estimates import estimate_memory
 from lowrank_bdl.parameters.selection import Selector
@@ -57,7 +57,9 @@ class GradientCovariance:
         reduction: Whether ``loss_fn`` gives the ``"mean"`` or the ``"sum"`` over a batch.
         bn_mode: Batch norm by stored statistics (``"eval"``) or by the batch's (``"train"``); the stored ones are left
             as they are.
-        call_fn: ``call_fn(model, batch)`` gives the outputs; None calls ``model(x)``.
+        call_fn: ``call_fn(model, batch)`` gives the outputs; None calls ``model(x)``, or
+            ``model(**entries).logits`` on a mapping without its targets.
+        target_fn: ``target_fn(batch)`` gives the targets; None takes y, or a mapping's ``labels`` or ``targets``.
 
     Attributes:
         layout: Names, shapes and order of the D coordinates.
@@ -101,6 +103,7 @@ class GradientCovariance:
         reduction: Reduction = "mean",
         bn_mode: BatchNormMode = "eval",
         call_fn: CallFn | None = None,
+        target_fn: TargetFn | None = None,
     ) -> None:
         if rank < 0:
             raise ValueError(f"rank must be >= 0; got {rank}.")
@@ -111,7 +114,13 @@ class GradientCovariance:
         self.layout = ParameterLayout.from_module(model, include=include, exclude=exclude)
         self.rank, self.per_example = rank, per_example
         self._gradients = LossGradients(
-            model, self.layout, loss_fn, reduction=reduction, bn_mode=bn_mode, call_fn=call_fn
+            model,
+            self.layout,
+            loss_fn,
+            reduction=reduction,
+            bn_mode=bn_mode,
+            call_fn=call_fn,
+            target_fn=target_fn,
         )
         numel, dtype = self.layout.numel, self.layout.dtype
         place = self.layout.parameters_of(model)[0].device

@@ -23,8 +23,8 @@ class HessianLinearOperator(LossCurvatureLinearOperator):
     Args:
         model: The network, not changed. The weights are those it has now.
         loss_fn: ``loss_fn(outputs, targets)`` gives a scalar.
-        data: A pair ``(x, y)``, a list of such pairs, or a DataLoader that does not shuffle. Every product reads all of
-            it; tensors are moved to the model's device batch by batch.
+        data: A pair ``(x, y)`` or a mapping with ``labels``, a list of such, or a DataLoader that does not shuffle.
+            Every product reads all of it; tensors are moved to the model's device batch by batch.
         layout: Which parameters are the coordinates; None takes those that ``include`` and ``exclude`` keep.
         include: Parameters to take, by name pattern or predicate; all that require a gradient if None.
         exclude: Parameters to leave out of these.
@@ -33,10 +33,12 @@ class HessianLinearOperator(LossCurvatureLinearOperator):
             trained; it depends on how the data are cut into batches). Stored statistics are left as they are.
         check: Whether to see, by three products, that H is the same every time and symmetric.
         chunk_size: How many vectors of a block go through the graph at once; None decides by memory.
-        call_fn: ``call_fn(model, batch)`` gives the outputs; None calls ``model(x)``.
+        call_fn: ``call_fn(model, batch)`` gives the outputs; None calls ``model(x)``, or
+            ``model(**entries).logits`` on a mapping without its targets.
+        target_fn: ``target_fn(batch)`` gives the targets; None takes y, or a mapping's ``labels`` or ``targets``.
 
     Raises:
-        ShapeError: If no parameter is selected, the data are no batches ``(x, y)``, or the loss is no scalar or does
+        ShapeError: If no parameter is selected, the batches have no targets, or the loss is no scalar or does
             not depend on the parameters.
         ValueError: If an argument is unknown, or the data are shuffled or can be read only once.
         LowRankBDLError: If two passes over the data do not give the same matrix, or it is not symmetric.

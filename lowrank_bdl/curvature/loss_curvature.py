@@ -3,9 +3,8 @@
 from torch import Tensor, nn
 
 from lowrank_bdl.curvature.curvature_operator import CurvatureLinearOperator
-from lowrank_bdl.curvature.data import Data
 from lowrank_bdl.curvature.loss_gradients import BatchNormMode, LossFn, Reduction, check_modes, scalar_loss
-from lowrank_bdl.parameters.functional import CallFn
+from lowrank_bdl.parameters.batches import CallFn, Data, TargetFn
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
 
@@ -27,6 +26,7 @@ class LossCurvatureLinearOperator(CurvatureLinearOperator):
         check: bool = True,
         chunk_size: int | None = None,
         call_fn: CallFn | None = None,
+        target_fn: TargetFn | None = None,
     ) -> None:
         check_modes(reduction, bn_mode)
         super().__init__(
@@ -38,6 +38,7 @@ class LossCurvatureLinearOperator(CurvatureLinearOperator):
             bn_mode=bn_mode,
             chunk_size=chunk_size,
             call_fn=call_fn,
+            target_fn=target_fn,
         )
         self._loss_fn = loss_fn
         self._reduction: Reduction = reduction

@@ -10,7 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lowrank_bdl.curvature.examples import ExampleGradients
 from lowrank_bdl.errors import ShapeError
-from lowrank_bdl.parameters.functional import CallFn, StatelessModel, evaluation_mode, to_device
+from lowrank_bdl.parameters.batches import CallFn, TargetFn, joined, split_batch
+from lowrank_bdl.parameters.functional import StatelessModel, evaluation_mode
 from lowrank_bdl.parameters.layout import ParameterLayout
 
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]
@@ -49,28 +50,6 @@ def check_modes(reduction: str, bn_mode: str) -> None:
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
 
 
-def split_batch(batch: Any, device: torch.device | None) -> tuple[Any, Tensor, int]:
-    """Return the parts of a batch ``(x, y)`` on a device, and its number of examples, the length of y.
-
-    Args:
-        batch: As a loader gives it.
-        device: Where to; None leaves everything where it is.
-
-    Raises:
-        ShapeError: If the batch is not ``(x, y)``, or y is no tensor with at least one example.
-    """
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        form = type(batch).__name__ + (f" of {len(batch)} entries" if hasattr(batch, "__len__") else "")
-        raise ShapeError(f"A batch must be (x, y): the loss needs targets; got {form}.")
-    inputs, targets = batch if device is None else (to_device(part, device) for part in batch)
-    if not isinstance(targets, Tensor) or targets.ndim == 0 or len(targets) == 0:
-        form = str(tuple(targets.shape)) if isinstance(targets, Tensor) else type(targets).__name__
-        raise ShapeError(f"Targets must be a tensor with at least one example on the first axis; got {form}.")
-    if isinstance(inputs, Tensor) and inputs.is_inference():  # autograd cannot save it
-        inputs = inputs.clone()
-    return inputs, targets.clone() if targets.is_inference() else targets, len(targets)
-
-
 def scalar_loss(loss_fn: LossFn, outputs: Any, targets: Tensor, reduction: Reduction) -> Tensor:
     """Return ``loss_fn(outputs, targets)``; raises ShapeError unless it is a scalar."""
     loss = loss_fn(outputs, targets)
@@ -92,7 +71,9 @@ class LossGradients:
         loss_fn: ``loss_fn(outputs, targets)`` gives a scalar.
         reduction: Whether that is the mean or the sum over the examples of a batch.
         bn_mode: See `batch_norm_mode`.
-        call_fn: ``call_fn(model, batch)`` gives the outputs; None calls ``model(x)``.
+        call_fn: ``call_fn(model, batch)`` gives the outputs; None calls ``model(x)``, or
+            ``model(**entries).logits`` on a mapping without its targets.
+        target_fn: ``target_fn(batch)`` gives the targets; None takes y, or a mapping's ``labels`` or ``targets``.
 
     Example:
         >>> net = nn.Linear(2, 1, bias=False)
@@ -110,19 +91,21 @@ class LossGradients:
         reduction: Reduction = "mean",
         bn_mode: BatchNormMode = "eval",
         call_fn: CallFn | None = None,
+        target_fn: TargetFn | None = None,
     ) -> None:
         check_modes(reduction, bn_mode)
         self.model, self.layout, self.loss_fn = model, layout, loss_fn
         self.reduction, self.bn_mode = reduction, bn_mode
         self._network = StatelessModel(model, call_fn)
+        self._target_fn = target_fn
         self._each = ExampleGradients(
-            lambda weights, inputs, targets: self._network(weights, (inputs, targets)),
+            lambda weights, inputs, targets: self._network(weights, joined(inputs, targets)),
             lambda outputs, targets: scalar_loss(loss_fn, outputs, targets, reduction),
         )
 
     def split(self, batch: Any) -> tuple[Any, Any, int]:
         """Return a batch ``(x, y)`` on the model's device, and its number of examples, as `split_batch`."""
-        return split_batch(batch, self._network.device)
+        return split_batch(batch, self._network.device, self._target_fn)
 
     def of_batch(self, batch: tuple[Any, Tensor], size: int) -> Tensor:
         """Return the gradient of the mean loss of a batch, shape ``(D,)``.
@@ -173,5 +156,5 @@ class LossGradients:
         return dict(zip(self.layout.names, (p.detach() for p in self.layout.parameters_of(self.model)), strict=True))
 
     def _loss(self, weights: Mapping[str, Tensor], inputs: Any, targets: Any) -> Tensor:
-        outputs = self._network(weights, (inputs, targets))
+        outputs = self._network(weights, joined(inputs, targets))
         return scalar_loss(self.loss_fn, outputs, targets, self.reduction)

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.linalg.devices import sums_device, to_float64
-from lowrank_bdl.parameters.functional import CallFn, FunctionalModel, StatelessModel, evaluation_mode
+from lowrank_bdl.parameters.batches import CallFn, batches_of
+from lowrank_bdl.parameters.functional import FunctionalModel, StatelessModel, evaluation_mode
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.norm_layers import LayerSelector, tracking_layers, warn_of_other_layers
 from lowrank_bdl.parameters.wrappers import named_buffers, uncompiled
@@ -138,6 +139,7 @@ def _pooled(
     exclude: "LayerSelector | None",
     progress: bool,
 ) -> dict[str, Tensor]:
+    loader = batches_of(loader)
     limit = _number_of_batches(loader, fraction)
     layers = [_LayerStatistics(name, bn, num_samples) for name, bn in tracking_layers(network.model, exclude).items()]
     current = [0]

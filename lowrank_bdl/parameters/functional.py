@@ -1,20 +1,18 @@
 """The network as a function f(θ, x) of its flat weight vector."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.parameters.batches import CallFn, call_on_inputs, to_device
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.substitution import Substitution
 from lowrank_bdl.parameters.wrappers import is_compiled, names_in, require_module, require_values
-
-CallFn: TypeAlias = Callable[[nn.Module, Any], Any]
 
 
 @contextmanager
@@ -70,53 +68,6 @@ def is_plain_perceptron(model: nn.Module) -> bool:
     )
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Move every tensor of a batch (tuples, lists, mappings, nested) to a device.
-
-    Args:
-        batch: A tensor, a tuple, list or mapping of such, or anything else, which is passed through. An object with a
-            ``to`` method of its own (a graph batch, a tokenizer's encoding) is moved by that.
-        device: Where to.
-
-    Returns:
-        The batch with the same structure.
-    """
-    if callable(move := getattr(batch, "to", None)):
-        return move(device)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        moved = [to_device(value, device) for value in batch]
-        if isinstance(batch, list):
-            return moved
-        return type(batch)(*moved) if hasattr(batch, "_fields") else tuple(moved)  # a named tuple takes its fields
-    return batch
-
-
-def call_on_inputs(model: nn.Module, batch: Any) -> Any:
-    """Call a model on a batch as data loaders give it: ``x``, ``(x,)`` or ``(x, y)``.
-
-    Args:
-        model: The network.
-        batch: A tensor, or a tuple or list of one or two entries, of which the first is the input.
-
-    Returns:
-        ``model(x)``.
-
-    Raises:
-        ShapeError: If the batch has another form.
-    """
-    if isinstance(batch, Tensor):
-        return model(batch)
-    if isinstance(batch, (tuple, list)) and len(batch) in (1, 2):
-        return model(batch[0])
-    form = type(batch).__name__ + (f" of {len(batch)} entries" if isinstance(batch, (tuple, list, dict)) else "")
-    raise ShapeError(
-        f"A batch must be a tensor x, (x,) or (x, y) unless call_fn is given; got {form}. "
-        "Pass call_fn=lambda model, batch: ..."
-    )
-
-
 class StatelessModel:
     """A module evaluated with named tensors in place of its own; what it owns stays as it is.
 
@@ -127,7 +78,7 @@ class StatelessModel:
     Args:
         model: Any module.
         call_fn: ``call_fn(model, batch)`` gives the output; it may call the model with several or with keyword
-            arguments, or any method of it. None calls ``model(x)`` on batches ``x``, ``(x,)`` and ``(x, y)``.
+            arguments, or any method of it. None is `call_on_inputs`: ``model(x)``, or keyword arguments of a mapping.
 
     Attributes:
         model: The module.

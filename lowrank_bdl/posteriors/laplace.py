@@ -18,6 +18,7 @@ from lowrank_bdl.curvature.fisher import FisherSums, fisher_sums
 from lowrank_bdl.curvature.scores import LABELS, Labels, resolve_scores
 from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.linalg.moments import first_unusable
+from lowrank_bdl.parameters.batches import CallFn, TargetFn, batches_of
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
 from lowrank_bdl.posteriors.gaussian import GaussianPosterior
@@ -49,11 +50,13 @@ class Laplace(ABC, Generic[PosteriorT]):
         noise_variance: float = 1.0,
         include: "Selector | None" = None,
         exclude: "Selector | None" = None,
+        call_fn: CallFn | None = None,
+        target_fn: TargetFn | None = None,
     ) -> None:
         if labels not in LABELS:
             raise ValueError(f"labels must be one of {', '.join(map(repr, LABELS))}; got {labels!r}.")
         self._likelihood = resolve_scores(likelihood, noise_variance)
-        self._model = model
+        self._model, self._call_fn, self._target_fn = model, call_fn, target_fn
         self.labels: Labels = labels
         self.likelihood = likelihood
         self.layout = ParameterLayout.from_module(model, include, exclude)
@@ -109,13 +112,15 @@ class Laplace(ABC, Generic[PosteriorT]):
             self._model,
             self.mean,
             self.layout,
-            loader,
+            batches_of(loader),
             self._likelihood,
             self.labels,
             kronecker=self._kronecker,
             diagonal=self._diagonal,
             generator=generator,
             progress=progress,
+            call_fn=self._call_fn,
+            target_fn=self._target_fn,
         )
         if not (sums.kronecker or sums.diagonal):
             raise ShapeError(
@@ -303,6 +308,9 @@ class DiagonalLaplace(Laplace[GaussianPosterior]):
         noise_variance: Of the Gaussian likelihood.
         include: Parameters to treat, by name pattern or predicate; all that require a gradient if None.
         exclude: Parameters to leave out of these.
+        call_fn: ``call_fn(model, batch)`` gives the outputs; None calls ``model(x)``, or
+            ``model(**entries).logits`` on a mapping without its targets.
+        target_fn: ``target_fn(batch)`` gives the targets; None takes y, or a mapping's ``labels`` or ``targets``.
 
     Raises:
         ValueError: If ``labels``, ``likelihood`` or ``noise_variance`` is unknown or unusable.

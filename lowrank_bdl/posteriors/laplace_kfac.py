@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lowrank_bdl.curvature.scores import Labels
 from lowrank_bdl.linalg.kronecker import KroneckerSpectralLinearOperator
+from lowrank_bdl.parameters.batches import CallFn, TargetFn
 from lowrank_bdl.parameters.selection import Selector
 from lowrank_bdl.posteriors.blocks import BlockPosterior
 from lowrank_bdl.posteriors.gaussian import GaussianPosterior
@@ -54,6 +55,9 @@ class KFACLaplace(Laplace[BlockPosterior]):
         exclude: Parameters to leave out of these.
         others: Parameters without Kronecker factors: ``"diagonal"`` for variances from their diagonal Fisher,
             ``"fixed"`` for point masses at the mean.
+        call_fn: ``call_fn(model, batch)`` gives the outputs; None calls ``model(x)``, or
+            ``model(**entries).logits`` on a mapping without its targets.
+        target_fn: ``target_fn(batch)`` gives the targets; None takes y, or a mapping's ``labels`` or ``targets``.
 
     Raises:
         ValueError: If ``labels``, ``likelihood``, ``noise_variance`` or ``others`` is unknown or unusable.
@@ -88,6 +92,8 @@ class KFACLaplace(Laplace[BlockPosterior]):
         include: "Selector | None" = None,
         exclude: "Selector | None" = None,
         others: str = "diagonal",
+        call_fn: CallFn | None = None,
+        target_fn: TargetFn | None = None,
     ) -> None:
         if others not in OTHERS:
             raise ValueError(f"others must be 'diagonal' or 'fixed'; got {others!r}.")
@@ -98,6 +104,8 @@ class KFACLaplace(Laplace[BlockPosterior]):
             noise_variance=noise_variance,
             include=include,
             exclude=exclude,
+            call_fn=call_fn,
+            target_fn=target_fn,
         )
         self.others = others
 

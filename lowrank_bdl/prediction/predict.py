@@ -1,6 +1,6 @@
 """Bayesian model averaging: predictions of one network under many weight vectors."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.parameters.batch_norm import recalibrate_batch_norm
-from lowrank_bdl.parameters.functional import CallFn, FunctionalModel, evaluation_mode, to_device
+from lowrank_bdl.parameters.batches import CallFn, TargetFn, batches_of, targets_of, to_device
+from lowrank_bdl.parameters.functional import FunctionalModel, evaluation_mode
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.likelihoods import Likelihood, resolve_likelihood
 from lowrank_bdl.parameters.norm_layers import LayerSelector, warn_of_stored_statistics
@@ -19,30 +20,6 @@ from lowrank_bdl.prediction.averaging import BatchAverage, join
 from lowrank_bdl.prediction.draws import SamplesWeights, require_samples, weight_vectors
 from lowrank_bdl.prediction.dropout import DropoutMasks
 from lowrank_bdl.prediction.predictive import Predictive
-
-_TARGET_KEYS = ("labels", "label", "targets", "target")
-
-
-def targets_of(batch: Any) -> Tensor | None:
-    """Find the targets in a batch as data loaders give it.
-
-    Args:
-        batch: ``(x, y)``; a mapping with an entry ``labels``, ``label``, ``targets`` or ``target``; or anything else.
-
-    Returns:
-        The targets, or None if there are none to be found.
-
-    Example:
-        >>> targets_of({"input_ids": torch.zeros(1), "labels": torch.ones(1)})
-        tensor([1.])
-    """
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        found = batch[1]
-    elif isinstance(batch, Mapping):
-        found = next((batch[key] for key in _TARGET_KEYS if key in batch), None)
-    else:
-        found = None
-    return found if isinstance(found, Tensor) else None
 
 
 @torch.no_grad()
@@ -61,7 +38,7 @@ def predict(
     likelihood: "str | Likelihood" = "categorical",
     noise_variance: "float | Tensor | None" = None,
     call_fn: CallFn | None = None,
-    target_fn: Callable[[Any], Tensor | None] = targets_of,
+    target_fn: TargetFn = targets_of,
     layout: ParameterLayout | None = None,
     generator: torch.Generator | None = None,
     max_bytes: int | None = None,
@@ -91,7 +68,9 @@ def predict(
             ``draw(s, generator=)`` gives draw number s by it (a mixture: each component its share), one that has
             ``members(num)`` (an ensemble) is averaged over min(S, M) of its M members, once each. Or given weights,
             ``(D,)`` or ``(S, D)``, to average over: ``num_samples`` is not used, but for ``(D,)`` with dropout.
-        loader: Batches ``(x, y)`` or ``x``, or whatever ``call_fn`` takes; tensors are moved to the model's device.
+        loader: Batches ``(x, y)`` or ``x``, mappings (their entries without ``labels`` are keyword arguments, and the
+            output is ``.logits``, as of Hugging Face's models), or whatever ``call_fn`` takes; tensors are moved to the
+            model's device. A tuple ``(x, y)`` of tensors, or one mapping, is one batch.
         num_samples: S, the number of draws.
         bn_loader: Batches for the batch-norm statistics: training data, augmented as it was in training. Or
             ``"stored"``: those that the model has.
@@ -107,7 +86,7 @@ def predict(
             :class:`~lowrank_bdl.parameters.likelihoods.GaussianLikelihood`), or a callable from the output to a
             ``torch.distributions`` object with one row an example.
         noise_variance: For ``"gaussian"``: the known noise variance [unit of y, squared]; None: the network gives it.
-        call_fn: ``call_fn(model, batch)`` gives the output; None calls ``model(x)``.
+        call_fn: ``call_fn(model, batch)`` gives the output; None calls ``model(x)`` or ``model(**entries)``.
         target_fn: Takes the targets out of a batch, or gives None; the default knows ``(x, y)`` and mappings with an
             entry ``labels``, ``label``, ``targets`` or ``target``.
         layout: What the weight vectors hold; None takes the posterior's, or every trainable parameter.
@@ -165,7 +144,7 @@ def predict_batches(
     likelihood: "str | Likelihood" = "categorical",
     noise_variance: "float | Tensor | None" = None,
     call_fn: CallFn | None = None,
-    target_fn: Callable[[Any], Tensor | None] = targets_of,
+    target_fn: TargetFn = targets_of,
     layout: ParameterLayout | None = None,
     generator: torch.Generator | None = None,
     max_bytes: int | None = None,
@@ -230,7 +209,7 @@ def predict_batches(
         )
         sampled.set_buffers({name: value.repeat_interleave(repeats, 0) for name, value in buffers.items()})
     number = 0
-    for batch in tqdm(loader, desc="predict", unit="batch", leave=False, disable=not progress):
+    for batch in tqdm(batches_of(loader), desc="predict", unit="batch", leave=False, disable=not progress):
         batch = to_device(batch, device) if device is not None else batch
         average = BatchAverage(number, target_fn(batch), keep_samples)
         with evaluation_mode(model), nullcontext() if masks is None else masks.switched_on():

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank_bdl.curvature.data import Data, fixed_batches
 from lowrank_bdl.curvature.loss_gradients import (
     BatchNormMode,
     LossFn,
@@ -16,13 +15,13 @@ from lowrank_bdl.curvature.loss_gradients import (
     batch_norm_mode,
     check_modes,
     scalar_loss,
-    split_batch,
 )
 from lowrank_bdl.errors import LowRankBDLError, ShapeError
 from lowrank_bdl.linalg.devices import sums_device, to_float64
 from lowrank_bdl.linalg.transforms import differentiable_gradients, transformed
 from lowrank_bdl.parameters.batch_norm import recalibrate_batch_norm
-from lowrank_bdl.parameters.functional import CallFn, FunctionalModel, is_plain_perceptron
+from lowrank_bdl.parameters.batches import CallFn, Data, TargetFn, fixed_batches, joined, split_batch
+from lowrank_bdl.parameters.functional import FunctionalModel, is_plain_perceptron
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.likelihoods import (
     CategoricalLikelihood,
@@ -142,7 +141,9 @@ class LogJoint:
         reduction: Whether that is the ``"mean"`` over a batch, which is multiplied by its size, or the ``"sum"``.
         temperature: T > 0; above 1 the data count for less.
         prior_std: s > 0, of every coordinate.
-        call_fn: ``call_fn(model, batch)`` gives the outputs; None calls ``model(x)``.
+        call_fn: ``call_fn(model, batch)`` gives the outputs; None calls ``model(x)``, or
+            ``model(**entries).logits`` on a mapping without its targets.
+        target_fn: ``target_fn(batch)`` gives the targets; None takes y, or a mapping's ``labels`` or ``targets``.
         bn_loader: See above.
         bn_fraction: Fraction of ``bn_loader`` to use, in (0, 1]; below 1 its first batches only.
         bn_mode: See above.
@@ -195,6 +196,7 @@ class LogJoint:
         temperature: float = 1.0,
         prior_std: float = 1.0,
         call_fn: CallFn | None = None,
+        target_fn: TargetFn | None = None,
         bn_loader: Iterable[Any] | None = None,
         bn_fraction: float = 1.0,
         bn_mode: BatchNormMode = "eval",
@@ -221,6 +223,7 @@ class LogJoint:
         self._loss_fn, self._reduction = loss_fn, reduction
         self._network = FunctionalModel(model, subspace.layout, call_fn)
         self._data = fixed_batches(data)
+        self._target_fn = target_fn
         self._bn_loader, self._bn_fraction, self._bn_mode = bn_loader, bn_fraction, bn_mode
         self._call_fn, self._progress = call_fn, progress
         self._insists = vectorize is True
@@ -245,7 +248,7 @@ class LogJoint:
     def num_data(self) -> int:
         """N, the number of targets; the data are read once for it if they have not been read yet."""
         if self._num_data is None:
-            self._num_data = sum(split_batch(batch, None)[2] for batch in self._data)
+            self._num_data = sum(split_batch(batch, None, self._target_fn)[2] for batch in self._data)
         return self._num_data
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -409,7 +412,7 @@ class LogJoint:
         bar = tqdm(batches, "log-likelihood", unit="batch", leave=False, disable=not self._progress)
         with batch_norm_mode(model, self._bn_mode), torch.set_grad_enabled(needs_gradient):
             for batch in bar:
-                inputs, targets, size = split_batch(batch, device)
+                inputs, targets, size = split_batch(batch, device, self._target_fn)
                 num_data, num_batches = num_data + size, num_batches + 1
                 for rows in _row_groups(going, self._chunk(len(going), size)):
                     leaves = thetas[rows].detach()
@@ -459,7 +462,7 @@ class LogJoint:
         total, read = torch.zeros(len(thetas), dtype=torch.float64, device=sums), False
         with batch_norm_mode(model, self._bn_mode):
             for batch in batches:
-                inputs, targets, size = split_batch(batch, device)
+                inputs, targets, size = split_batch(batch, device, self._target_fn)
                 groups = _row_groups(range(len(thetas)), self._chunk(len(thetas), size))
                 pieces = ((thetas[rows], {name: value[rows] for name, value in buffers.items()}) for rows in groups)
                 total = total + torch.cat([self._together(part, (inputs, targets), own) for part, own in pieces])
@@ -496,7 +499,7 @@ class LogJoint:
 
     def _one(self, theta: Tensor, batch: tuple[Any, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
         """Log-likelihood of one batch at one weight vector, float64."""
-        outputs = self._network(theta, batch, buffers)
+        outputs = self._network(theta, joined(*batch), buffers)
         targets = batch[1]
         if self._loss_fn is not None:
             loss = to_float64(scalar_loss(self._loss_fn, outputs, targets, self._reduction))

@@ -2,19 +2,19 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Protocol, TypedDict, overload
+from typing import Any, Literal, Protocol, TypedDict, cast, overload
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from typing_extensions import Unpack
 
-from lowrank_bdl.curvature.data import Data, fixed_batches
-from lowrank_bdl.curvature.loss_gradients import LossFn, Reduction, check_modes, scalar_loss, split_batch
+from lowrank_bdl.curvature.loss_gradients import LossFn, Reduction, check_modes, scalar_loss
 from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.linalg.devices import norm_in_float64, sums_device, to_float64
 from lowrank_bdl.parameters.batch_norm import recalibrate_batch_norm
-from lowrank_bdl.parameters.functional import CallFn, FunctionalModel, evaluation_mode, is_plain_perceptron
+from lowrank_bdl.parameters.batches import CallFn, Data, TargetFn, fixed_batches, joined, split_batch, targets_of
+from lowrank_bdl.parameters.functional import FunctionalModel, evaluation_mode, is_plain_perceptron
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.sampled_network import SampledNetwork
 
@@ -93,6 +93,7 @@ class EvaluationOptions(TypedDict, total=False):
     accuracy: bool
     reduction: Reduction
     call_fn: CallFn | None
+    target_fn: TargetFn | None
     bn_loader: Iterable[Any] | None
     bn_fraction: float
     vectorize: "bool | Literal['auto']"
@@ -137,6 +138,7 @@ def evaluate_points(
     accuracy: bool = True,
     reduction: Reduction = "mean",
     call_fn: CallFn | None = None,
+    target_fn: TargetFn | None = None,
     bn_loader: Iterable[Any] | None = None,
     bn_fraction: float = 1.0,
     vectorize: "bool | Literal['auto']" = "auto",
@@ -158,8 +160,8 @@ def evaluate_points(
     Args:
         model: The network.
         points: Weight vectors, shape ``(M, D)``; or, with ``surface``, coordinates with M on the first axis.
-        data: A pair ``(x, y)``, a list of such pairs, or a DataLoader that does not shuffle. Or several such data sets
-            by name, which then share the batch-norm statistics of each point.
+        data: A pair ``(x, y)`` or a mapping with ``labels``, a list of such, or a DataLoader that does not shuffle. Or
+            several such data sets by name, which then share the batch-norm statistics of each point.
         loss_fn: ``loss_fn(outputs, targets)`` gives a scalar.
         surface: What turns coordinates into weights: anything with ``to_theta`` and ``layout``. None if ``points`` are
             weights already.
@@ -167,7 +169,9 @@ def evaluate_points(
         accuracy: Also count the targets that have the largest output: outputs ``(N, C, *positions)``, targets class
             indices ``(N, *positions)``. Pass False for regression.
         reduction: Whether ``loss_fn`` gives the ``"mean"`` over a batch or the ``"sum"``.
-        call_fn: ``call_fn(model, batch)`` gives the outputs; None calls ``model(x)``.
+        call_fn: ``call_fn(model, batch)`` gives the outputs; None calls ``model(x)``, or
+            ``model(**entries).logits`` on a mapping without its targets.
+        target_fn: ``target_fn(batch)`` gives the targets; None takes y, or a mapping's ``labels`` or ``targets``.
         bn_loader: Batches for the batch-norm statistics, training data; None leaves the model's statistics, which are
             those of other weights.
         bn_fraction: Fraction of ``bn_loader`` to use, in (0, 1]; below 1 its first batches only.
@@ -207,8 +211,8 @@ def evaluate_points(
         raise ValueError(f"bn_loader is read again and again; got an iterator ({type(bn_loader).__name__}).")
     if points.ndim == 0 or len(points) == 0 or not points.is_floating_point():
         raise ShapeError(f"points must be real, with M >= 1 on the first axis; got {tuple(points.shape)}.")
-    by_name = isinstance(data, Mapping)
-    named = data if isinstance(data, Mapping) else {"": data}
+    by_name = isinstance(data, Mapping) and targets_of(data) is None  # with targets it is one batch
+    named = cast(Mapping[str, Data], data) if by_name else {"": cast(Data, data)}
     sets = {name: fixed_batches(one) for name, one in named.items()}
     if not sets:
         raise ShapeError("data must hold at least one data set; got none.")
@@ -232,7 +236,7 @@ def evaluate_points(
             for name, batches in sets.items():
                 sampled = SampledNetwork(network, usable, vectorize=vectorize, plain=plain)
                 sampled.set_buffers(buffers)
-                loss, right = _means(sampled, network, batches, len(rows), loss_fn, reduction, accuracy)
+                loss, right = _means(sampled, network, batches, len(rows), loss_fn, reduction, accuracy, target_fn)
                 found, place = values[name], values[name].loss.device
                 at = part.to(place)
                 usable_at = at[rows.to(place)]
@@ -328,6 +332,7 @@ def _means(
     loss_fn: LossFn,
     reduction: Reduction,
     accuracy: bool,
+    target_fn: TargetFn | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the mean loss and the accuracy of some networks by one pass over the batches, float64."""
     device = network.stateless.device
@@ -337,9 +342,9 @@ def _means(
     if number == 0:
         return totals, correct
     for count, batch in enumerate(batches):
-        inputs, targets, size = split_batch(batch, device)
+        inputs, targets, size = split_batch(batch, device, target_fn)
         num_data, num_targets = num_data + size, num_targets + targets.numel()
-        for row, outputs in enumerate(sampled.outputs(count, (inputs, targets))):
+        for row, outputs in enumerate(sampled.outputs(count, joined(inputs, targets))):
             loss = to_float64(scalar_loss(loss_fn, outputs, targets, reduction))
             totals[row] += loss * size if reduction == "mean" else loss
             if accuracy:

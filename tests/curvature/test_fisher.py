@@ -114,9 +114,9 @@ def test_refusals(monkeypatch):
     net, x, y = build("mlp")
     with pytest.raises(ShapeError, match="at least one example; got none"):
         run(net, [])
-    with pytest.raises(ShapeError, match=r"A batch must be \(x, y\): a Fisher matrix needs targets; got Tensor"):
+    with pytest.raises(ShapeError, match=r"A batch must be \(x, y\), or .*: targets are needed; got Tensor"):
         run(net, [x])
-    with pytest.raises(ShapeError, match=r"needs targets; got tuple of 3 entries"):
+    with pytest.raises(ShapeError, match=r"targets are needed; got tuple of 3 entries"):
         run(net, [(x, y, y)])
     with pytest.raises(ShapeError, match=r"Targets must be integer class indices of shape \(7,\)"):
         run(net, [(x, y.double())])

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from lowrank_bdl.errors import ShapeError
-from lowrank_bdl.parameters.functional import FunctionalModel, StatelessModel, evaluation_mode, to_device
+from lowrank_bdl.parameters.batches import to_device
+from lowrank_bdl.parameters.functional import FunctionalModel, StatelessModel, evaluation_mode
 from lowrank_bdl.parameters.layout import ParameterLayout
 from tests.parameters.cases import MODELS, Tied, build
 
@@ -160,10 +161,13 @@ def test_batches_without_call_fn():
     expected = model(x)
     for batch in (x, (x,), [x, torch.zeros(5)]):
         assert torch.equal(f(theta, batch), expected)
-    with pytest.raises(ShapeError, match=r"tensor x, \(x,\) or \(x, y\) unless call_fn .* got tuple of 3 entries"):
+    with pytest.raises(
+        ShapeError, match=r"tensor x, \(x,\), \(x, y\) or a mapping unless call_fn .* got tuple of 3 entries"
+    ):
         f(theta, (x, x, x))
-    with pytest.raises(ShapeError, match="got dict of 1 entries"):
-        f(theta, {"x": x})
+    assert torch.equal(f(theta, {"x": x, "labels": None}), expected)
+    with pytest.raises(ShapeError, match=r"Tied does not take \['images'\]. Pass call_fn"):
+        f(theta, {"images": x})
     with pytest.raises(ShapeError, match="got str"):
         f(theta, "x")
 
