@@ -60,13 +60,13 @@ def test_gradients_agree_with_finite_differences() -> None:
 def test_is_a_likelihood_of_predict() -> None:
     outputs = torch.randn(3, 2, 4, 5, 6, generator=torch.Generator().manual_seed(0))
     targets = torch.zeros(3, 5, 6, dtype=torch.int64)
-    net = nn.Conv2d(1, 1, 1)  # a network with weights, whose output the caller replaces
+    net = nn.Linear(1, 1, bias=False)  # adds its weight, zero
     found = predict(
         net,
-        torch.zeros(2),
+        torch.zeros(1),
         [(outputs, targets)],
         likelihood=NoisyLogitsLikelihood(7, torch.Generator().manual_seed(3)),
-        call_fn=lambda model, batch: batch[0],
+        call_fn=lambda model, batch: batch[0] + model(torch.ones(1)),
         progress=False,
     )
     expected = noisy_log_probs(outputs, 7, torch.Generator().manual_seed(3))

@@ -182,7 +182,7 @@ def test_the_networks_own_errors_stay_as_they_are():
     for vectorize in (True, "auto"):
         with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
             run(model, thetas, [torch.zeros(2, 6).double()], vectorize=vectorize, chunk_size=2)
-    with pytest.raises(ShapeError, match="unless call_fn is given; got dict"):
+    with pytest.raises(ShapeError, match="unless call_fn is given; Sequential does not take"):
         run(model, thetas, [{"x": 1}], vectorize=True, chunk_size=2)
 
 
