@@ -229,7 +229,7 @@ def norm(vector: Tensor) -> Tensor:
 
 
 def power_of_two(value: Tensor) -> Tensor:
-    """Return the least power of two above a value >= 0, by which one may divide without rounding; 1 for zero and infinity.
+    """Return the least power of two above a value >= 0, by which one may divide without rounding; 1 for 0 and infinity.
 
     Example:
         >>> power_of_two(torch.tensor([5.0, 0.0, 0.1]))

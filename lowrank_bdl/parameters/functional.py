@@ -85,6 +85,7 @@ class StatelessModel:
         device: Where its first parameter (or buffer) lives; batches are moved there. None if it has neither.
 
     Example:
+        >>> import torch
         >>> f = StatelessModel(nn.Linear(2, 1))
         >>> f({"weight": torch.ones(1, 2), "bias": torch.zeros(1)}, torch.ones(1, 2)).item()
         2.0
@@ -172,6 +173,7 @@ class FunctionalModel:
     is not the parameter's.
 
     Example:
+        >>> import torch
         >>> f = FunctionalModel(nn.Linear(2, 1))
         >>> f(torch.tensor([1.0, 2.0, 3.0]), torch.ones(1, 2)).item()
         6.0
