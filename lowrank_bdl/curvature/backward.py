@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lowrank_bdl.curvature.embeddings import DenseEmbeddings
 from lowrank_bdl.linalg.memory import available_memory
+from lowrank_bdl.parameters.embeddings import DenseEmbeddings
 
 _CACHE_BYTES = 2 << 20
 """On a CPU, vectors go through together while what they make fits in a cache: measured, small networks gain up to two

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lowrank_bdl.curvature.backward import Backward, differentiable_kernels, is_missing_derivative, vectors_at_once
-from lowrank_bdl.curvature.embeddings import has_sparse_embedding
 from lowrank_bdl.curvature.loss_gradients import BatchNormMode, batch_norm_mode, check_modes
 from lowrank_bdl.errors import LowRankBDLError, NonFiniteError, ShapeError, StaleError
 from lowrank_bdl.linalg.devices import norm_in_float64, to_float64
@@ -20,6 +19,7 @@ from lowrank_bdl.linalg.exact import DENSE_LIMIT_GIB, check_dense_size
 from lowrank_bdl.linalg.expanded import UnbatchedLinearOperator
 from lowrank_bdl.linalg.memory import require_memory
 from lowrank_bdl.parameters.batches import CallFn, Data, TargetFn, fixed_batches, joined, split_batch
+from lowrank_bdl.parameters.embeddings import has_sparse_embedding
 from lowrank_bdl.parameters.functional import FunctionalModel
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector

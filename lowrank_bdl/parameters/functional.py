@@ -1,15 +1,17 @@
 """The network as a function f(θ, x) of its flat weight vector."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.parameters.batches import CallFn, call_on_inputs, to_device
+from lowrank_bdl.parameters.embeddings import DenseEmbeddings, has_sparse_gradient
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.substitution import Substitution
 from lowrank_bdl.parameters.wrappers import is_compiled, names_in, require_module, require_values
@@ -99,6 +101,7 @@ class StatelessModel:
         self._plain = {name: plain for plain, name in names_in(model).items()}
         self._call_fn = call_on_inputs if call_fn is None else call_fn
         self._substitution = Substitution(model)
+        self._sparse = has_sparse_gradient(model)
         self._writes_inputs: bool | None = None  # None until the first call has shown it
 
     def __call__(
@@ -133,7 +136,10 @@ class StatelessModel:
             batch = to_device(batch, self.device)
         if self._writes_inputs is not False:
             batch = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
-        output = self._substitution(parameters, lambda: self._call_fn(self.model, batch), present)
+        # the weights may be views of one vector, through which no sparse gradient passes
+        dense = DenseEmbeddings() if self._sparse and torch.is_grad_enabled() else nullcontext()
+        with dense:
+            output = self._substitution(parameters, lambda: self._call_fn(self.model, batch), present)
         if self._writes_inputs is None:  # tensors of inference mode do not count what is written
             leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
             self._writes_inputs = any(leaf.is_inference() or leaf._version > 0 for leaf in leaves)

@@ -48,7 +48,7 @@ def filter_normalized(
     for where, shape in zip(layout.slices.values(), layout.shapes, strict=True):
         if len(shape) < 2 and ignore_vectors:
             continue
-        filters = (shape[0] if len(shape) > 1 else 1, -1)
+        filters = (shape[0], shape[1:].numel()) if len(shape) > 1 else (1, shape.numel())
         own, wanted = given.detach()[where].view(filters), weights.detach()[where].view(filters)
         lengths = norm_in_float64(own, dim=1, keepdim=True)
         target = norm_in_float64(wanted, dim=1, keepdim=True)

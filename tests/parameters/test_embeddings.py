@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, embedding_bag
 
-from lowrank_bdl.curvature.embeddings import DenseEmbeddings
+
 from lowrank_bdl.curvature.ggn import GGNLinearOperator
 from lowrank_bdl.curvature.gradient_covariance import GradientCovariance
 from lowrank_bdl.curvature.hessian import HessianLinearOperator

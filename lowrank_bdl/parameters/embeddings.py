@@ -17,6 +17,11 @@ def has_sparse_embedding(model: nn.Module) -> bool:
     )
 
 
+def has_sparse_gradient(model: nn.Module) -> bool:
+    """Whether a part of a network is an embedding whose gradient is sparse."""
+    return any(isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse for module in model.modules())
+
+
 class DenseEmbeddings(TorchFunctionMode):
     """Computes ``embedding`` with a dense gradient, and ``embedding_bag`` by an embedding and a sum, inside a block.
 
