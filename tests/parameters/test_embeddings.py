@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, embedding_bag
 
-
 from lowrank_bdl.curvature.ggn import GGNLinearOperator
 from lowrank_bdl.curvature.gradient_covariance import GradientCovariance
 from lowrank_bdl.curvature.hessian import HessianLinearOperator
+from lowrank_bdl.parameters.embeddings import DenseEmbeddings
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.posteriors.laplace import DiagonalLaplace
 from tests.curvature.dense import dense_ggn, dense_hessian
