@@ -131,14 +131,14 @@ class LayerDiagonal:
 
         Args:
             call: Its only call.
-            diagonal: That of E[s s'] of each example, shape ``(B, o)``.
+            diagonal: That of E[s s'] of each example and position, shape ``(B T, o)``.
 
         Raises:
             ShapeError: If the input has been overwritten since.
         """
         call.check(self.layer)
         if self.layer.weight is not None:
-            inputs = layer_inputs(self.layer, call.inputs)[:, 0, :, 0].to(diagonal.dtype)
+            inputs = call.inputs.detach().flatten(0, -2).to(diagonal.dtype)
             self.sums[self.layer.weight] += diagonal.mT @ inputs.square()
         if self.layer.bias is not None:
             self.sums[self.layer.bias] += diagonal.sum(0)

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lowrank_bdl.curvature.backward import Backward
 from lowrank_bdl.curvature.diagonal_fisher import (
     ExampleDiagonal,
     LayerDiagonal,
@@ -29,6 +31,8 @@ from lowrank_bdl.parameters.wrappers import uncompiled
 _AGREEMENT = 1e-2
 """Relative difference from automatic differentiation above which a layer's rule is not trusted: far above rounding in
 half precision, far below what a wrong use of the layer gives."""
+_NUMBERS_AT_ONCE = 2**22
+"""Gradients of layers' outputs that exist at one time, of as many scores as that allows."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,13 @@ class _Accumulators:
     def add_gradients(
         self, calls: Mapping[str, Sequence[LayerCall]], gradients: Mapping[str, Sequence[Tensor]]
     ) -> None:
+        """Add the gradients ``(c, *output.shape)`` under c vectors of scores."""
         for name, found in gradients.items():
             if name in self.kronecker:
-                self.kronecker[name].add_gradients(found)
+                self.kronecker[name].add_gradients([gradient.flatten(0, 1) for gradient in found])
             if name in self.layers:
-                self.layers[name].add(calls[name], found)
+                for each in zip(*found, strict=True):
+                    self.layers[name].add(calls[name], each)
 
     def add_last(self, name: str, call: LayerCall, total: Tensor, diagonal: Tensor) -> None:
         """Add a fully connected layer whose output is the network's, from E[s s'] itself."""
@@ -155,14 +161,14 @@ def fisher_sums(
         MemoryLimitError: If the sums do not fit the free memory, before anything is computed.
 
     Cost: one forward and backward pass over the data; memory of one pass and the float64 sums. With ``"expected"`` a
-    backward pass an output, or an input of the last layer where that is fully connected, without positions, and these
-    are fewer; none for the last layer itself, whose E[s s'] is known in closed form.
+    backward pass for each output and position, or for each input of the last layer where that is fully connected and
+    these are fewer, several at once by ``vmap``; none for the last layer itself, whose E[s s'] has a closed form.
     """
     require_float64(theta.device, "A Fisher matrix of blocks")
     network = FunctionalModel(model, layout, call_fn)
     layers = find_layers(model, layout)
     sums: _Accumulators | None = None
-    num_data, total, told_apart = 0, 0.0, False
+    num_data, total, told_apart, backward = 0, 0.0, False, Backward()
     # a compiled network would not call the layers' hooks
     with evaluation_mode(model), uncompiled(model), torch.inference_mode(False), torch.enable_grad():
         weights = {name: value.detach().clone().requires_grad_() for name, value in network.named(theta).items()}
@@ -192,20 +198,23 @@ def fisher_sums(
                     )
             sums.add_inputs(calls)
             end, scores = outputs, likelihood.scores(outputs, targets, labels, generator)
-            last = _last_layer(sums.recorded, calls, outputs) if labels == "expected" else None
+            rows = outputs.movedim(likelihood.feature_axis, -1)
+            last = _last_layer(sums.recorded, calls, rows) if labels == "expected" else None
             if last is not None:
                 call = calls.pop(last)[0]
-                sums.add_last(last, call, *likelihood.output_fisher(outputs))
+                sums.add_last(last, call, *likelihood.output_fisher(rows.flatten(0, -2)))
                 if sums.examples is None:
                     weight = _fewer_inputs(sums.recorded[last], weights) if calls else None
-                    if weight is not None and call.inputs.requires_grad:
-                        end, scores = call.inputs, _columns_of_roots(likelihood.pulled_fisher(outputs, weight))
+                    if weight is not None and call.inputs.requires_grad and _is_unchanged(call, rows):
+                        end, scores = call.inputs, _pulled_scores(likelihood, rows, weight)
                     elif not calls:
                         continue
-            for score in scores:
-                sums.add_gradients(calls, _output_gradients(end, score.to(end.dtype), calls))
+            numbers = sum(call.output.numel() for each in calls.values() for call in each)
+            for block in _blocks(scores, max(1, _NUMBERS_AT_ONCE // max(1, numbers))):
+                sums.add_gradients(calls, _output_gradients(backward, end, block.to(end.dtype), calls))
                 if sums.examples is not None:
-                    sums.examples.add(inputs, score)
+                    for score in block:
+                        sums.examples.add(inputs, score)
         if sums is None or not num_data:
             raise ShapeError("The loader must give at least one example; got none (an exhausted iterator?).")
         return sums.sums(num_data, total)
@@ -224,28 +233,51 @@ def _with_adjacent_bias(layer: Layer, layout: ParameterLayout) -> Layer:
     return layer if joint else Layer(layer.name, layer.module, layer.weight, None)
 
 
+def _blocks(scores: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """Yield up to so many scores at a time, stacked."""
+    remaining = iter(scores)
+    while block := list(islice(remaining, size)):
+        yield torch.stack(block)
+
+
 def _output_gradients(
-    outputs: Tensor, scores: Tensor, calls: Mapping[str, Sequence[LayerCall]]
+    backward: Backward, outputs: Tensor, scores: Tensor, calls: Mapping[str, Sequence[LayerCall]]
 ) -> dict[str, list[Tensor]]:
-    """Return layer name to the gradient of ``sum(outputs * scores)`` with respect to the output of each call."""
+    """Return layer name to the gradients of ``sum(outputs * score)`` with respect to the output of each call.
+
+    Args:
+        backward: Differentiates.
+        outputs: Of the network.
+        scores: Shape ``(c, *outputs.shape)``, as the gradients ``(c, *output.shape)``.
+        calls: Layer name to its calls.
+    """
     reached = [call.output for each in calls.values() for call in each if call.output.requires_grad]
-    found = torch.autograd.grad(outputs, reached, scores, retain_graph=True, allow_unused=True) if reached else ()
+    found = backward([outputs], reached, [scores]) if reached else ()
     by_id = {id(output): gradient for output, gradient in zip(reached, found, strict=True)}
 
     def gradient_of(output: Tensor) -> Tensor:
         gradient = by_id.get(id(output))
-        return torch.zeros_like(output) if gradient is None else gradient
+        return output.new_zeros((len(scores), *output.shape)) if gradient is None else gradient
 
     return {name: [gradient_of(call.output) for call in each] for name, each in calls.items()}
 
 
-def _last_layer(layers: Mapping[str, Layer], calls: Mapping[str, Sequence[LayerCall]], outputs: Tensor) -> str | None:
-    """Return the fully connected layer that gave the network's output, if one without positions did."""
+def _last_layer(layers: Mapping[str, Layer], calls: Mapping[str, Sequence[LayerCall]], rows: Tensor) -> str | None:
+    """Return the fully connected layer that gave the network's output, if one did: ``(*examples, o)``."""
     for name, layer in layers.items():
         each = calls[name]
-        if isinstance(layer.module, nn.Linear) and len(each) == 1 and each[0].result is outputs and outputs.ndim == 2:
-            return name
+        if isinstance(layer.module, nn.Linear) and len(each) == 1 and each[0].output.shape == rows.shape:
+            pattern = torch.cos(torch.arange(rows.numel(), device=rows.device) + 1.0).to(rows.dtype).view(rows.shape)
+            (moved,) = torch.autograd.grad(rows, each[0].output, pattern, retain_graph=True, allow_unused=True)
+            if moved is not None and torch.equal(moved, pattern):  # what comes after it at most adds
+                return name
     return None
+
+
+def _is_unchanged(call: LayerCall, rows: Tensor) -> bool:
+    """Whether a layer's result is the network's output itself, so that nothing else leads there."""
+    result = call.result
+    return result.data_ptr() == rows.data_ptr() and result.stride() == rows.stride() and not result._version
 
 
 def _fewer_inputs(layer: Layer, weights: Mapping[str, Tensor]) -> Tensor | None:
@@ -254,10 +286,18 @@ def _fewer_inputs(layer: Layer, weights: Mapping[str, Tensor]) -> Tensor | None:
     return weight if weight is not None and weight.shape[1] < weight.shape[0] else None
 
 
-def _columns_of_roots(matrices: Tensor) -> Iterator[Tensor]:
-    """Yield ``(N, m)`` m times: columns r with sum r r' = each of the matrices ``(N, m, m)``."""
-    values, vectors = eigh_psd(matrices)
-    yield from (vectors * values.sqrt().unsqueeze(1)).unbind(-1)
+def _pulled_scores(likelihood: OutputLikelihood, rows: Tensor, weight: Tensor) -> Iterator[Tensor]:
+    """Yield gradients r ``(N, *positions, m)`` with respect to the inputs of the last layer, m for each position.
+
+    Their sum r r' is W' E[s s'] W of each example at each position.
+    """
+    flat = rows.detach().flatten(1, -2) if rows.ndim > 2 else rows.detach().unsqueeze(1)
+    for position in range(flat.shape[1]):
+        values, vectors = eigh_psd(likelihood.pulled_fisher(flat[:, position], weight))
+        for column in (vectors * values.sqrt().unsqueeze(1)).unbind(-1):
+            score = column.new_zeros((*flat.shape[:2], column.shape[-1]))
+            score[:, position] = column
+            yield score.view(*rows.shape[:-1], -1)
 
 
 def _trusted(
@@ -279,7 +319,9 @@ def _trusted(
         zero = torch.arange(len(outputs), device=outputs.device) % 2 != parity
         scores = pattern.to(outputs.dtype).view(outputs.shape).clone()
         scores[zero] = 0
-        gradients = _output_gradients(outputs, scores, {layer.name: calls[layer.name] for layer in left})
+        own = {layer.name: calls[layer.name] for layer in left}
+        blocks = _output_gradients(Backward(), outputs, scores.unsqueeze(0), own)
+        gradients = {name: [block[0] for block in each] for name, each in blocks.items()}
         names = [name for layer in left for name in layer.parameters]
         wanted = [weights[name] for name in names]
         found = torch.autograd.grad(outputs, wanted, scores, retain_graph=True, allow_unused=True) if names else ()

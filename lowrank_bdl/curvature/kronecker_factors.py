@@ -123,7 +123,7 @@ class KroneckerFactors:
         """Add the gradients of one batch, where the layer's output is the network's.
 
         Args:
-            total: Sum of E[s s'] over the examples, shape ``(o, o)``.
+            total: Sum of E[s s'] over examples and positions, shape ``(o, o)``.
         """
         self.gradient_sums += total
 

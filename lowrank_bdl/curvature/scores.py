@@ -14,7 +14,7 @@ definition (Kunstner, Balles and Hennig, "Limitations of the empirical Fisher ap
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,7 +27,13 @@ LABELS: tuple[Labels, ...] = ("true", "sampled", "expected")
 
 
 class OutputLikelihood(Protocol):
-    """A log-likelihood of the outputs and its gradients."""
+    """A log-likelihood of the outputs and its gradients.
+
+    Attributes:
+        feature_axis: The axis of the outputs whose entries belong together; others are examples and positions.
+    """
+
+    feature_axis: ClassVar[int]
 
     def check(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """Return outputs and targets in the form the other methods take; raises ShapeError."""
@@ -79,6 +85,8 @@ class CategoricalScores:
         >>> [s.tolist() for s in CategoricalScores().scores(logits, torch.tensor([1]), "true", None)]
         [[[0.5, -0.5]]]
     """
+
+    feature_axis: ClassVar[int] = 1
 
     def check(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """Check logits ``(N, C, *positions)`` and class indices ``(N, *positions)``.
@@ -199,6 +207,7 @@ class GaussianScores:
         [[[-4.0]]]
     """
 
+    feature_axis: ClassVar[int] = -1
     noise_variance: float = 1.0
 
     def __post_init__(self) -> None:

@@ -43,6 +43,26 @@ class Changed(Widening):
         return super().forward(x) * 0.5
 
 
+class ChangedInPlace(Widening):
+    """Goes on after its last layer, within the same tensor."""
+
+    def forward(self, x):
+        return super().forward(x).mul_(torch.linspace(0.5, 2, CLASSES, dtype=x.dtype))
+
+
+class Skipped(Widening):
+    """What is added to the last layer's result depends on the weights too."""
+
+    def __init__(self, inplace=False):
+        super().__init__()
+        self.skip, self.inplace = nn.Linear(3, CLASSES), inplace
+
+    def forward(self, x):
+        result = super().forward(x)
+        other = self.skip(x).tanh()
+        return result.add_(other) if self.inplace else result + other
+
+
 class TwoHeads(Widening):
     """The last layer's input also reaches the output by another way."""
 
@@ -62,6 +82,9 @@ NETS = {
     "one layer": lambda: nn.Linear(3, CLASSES),
     "another parameter": Scaled,
     "changed": Changed,
+    "changed in place": ChangedInPlace,
+    "skipped": Skipped,
+    "skipped in place": lambda: Skipped(inplace=True),
     "two heads": TwoHeads,
 }
 RULES = {"categorical": CategoricalScores(), "gaussian": GaussianScores(0.3)}
@@ -87,7 +110,7 @@ def every_score(net, theta, layout, x, likelihood, classes):
     """Gradients of the log-likelihood by the weights and by each layer's outputs, in the square root of E[s s']."""
     calls = {}
     hooks = [
-        module.register_forward_hook(lambda m, _, out, name=name: calls.setdefault(name, []).append(out))
+        module.register_forward_hook(lambda m, _, out, name=name: calls.setdefault(name, []).append(out) or out.clone())
         for name, module in net.named_modules()
         if isinstance(module, nn.Linear)
     ]
@@ -160,11 +183,82 @@ def test_backward_passes(name, expected, monkeypatch):
     calls = []
     real = fisher._output_gradients
 
-    def counted(*args):
-        calls.append(1)
-        return real(*args)
+    def counted(backward, outputs, scores, layers):
+        calls.extend(scores)
+        return real(backward, outputs, scores, layers)
 
     monkeypatch.setattr(fisher, "_trusted", lambda network, weights, layers, inputs: layers)
     monkeypatch.setattr(fisher, "_output_gradients", counted)
     sums_of(net, [(x, y)], RULES["categorical"], True)
     assert len(calls) == expected
+
+
+class Tagger(nn.Module):
+    """A class for every position of a sequence: logits (N, C, T), or (N, T, C) of regressions."""
+
+    def __init__(self, width, classes, features_last):
+        super().__init__()
+        self.first, self.head = nn.Linear(3, width), nn.Linear(width, classes)
+        self.features_last = features_last
+
+    def forward(self, x):  # every position sees all others
+        hidden = self.first(x).tanh()
+        logits = self.head(hidden + hidden.cumsum(1).sin())
+        return logits if self.features_last else logits.mT
+
+
+@pytest.mark.parametrize("width, classes", [(4, 9), (9, 4)])
+@pytest.mark.parametrize("likelihood", RULES)
+def test_sequences(likelihood, width, classes):
+    torch.manual_seed(0)
+    net = Tagger(width, classes, likelihood == "gaussian").double()
+    x = torch.randn(6, 5, 3, dtype=torch.float64)
+    y = torch.randint(classes, (6, 5)) if likelihood == "categorical" else torch.randn(6, 5, classes).double()
+    data = [(x[:2], y[:2]), (x[2:], y[2:])]
+
+    weights = {name: part.detach().requires_grad_() for name, part in net.named_parameters()}
+    hooked = {}
+    for name in ("first", "head"):
+        net.get_submodule(name).register_forward_hook(lambda m, _, out, name=name: hooked.__setitem__(name, out))
+    logits = functional_call(net, weights, (x,))
+    logits = logits if likelihood == "gaussian" else logits.mT
+    probs = logits.detach().softmax(-1)
+    middle = torch.diag_embed(probs) - probs.unsqueeze(-1) * probs.unsqueeze(-2)
+    if likelihood == "gaussian":
+        middle = (torch.eye(classes).double() / 0.3).expand_as(middle)
+    diagonal = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    factors = {"first": torch.zeros(width, width).double(), "head": torch.zeros(classes, classes).double()}
+    for n in range(6):
+        for t in range(5):
+            wanted = [*weights.values(), *hooked.values()]
+            rows = [torch.autograd.grad(logits[n, t, c], wanted, retain_graph=True) for c in range(classes)]
+            stacked = [torch.stack(parts) for parts in zip(*rows, strict=True)]
+            for total, jacobian in zip(diagonal.values(), stacked, strict=False):
+                flat = jacobian.flatten(1)
+                total += (flat * (middle[n, t] @ flat)).sum(0).view_as(total)
+            for name, jacobian in zip(hooked, stacked[len(weights) :], strict=True):
+                at = jacobian[:, n]  # (C, positions, outputs of the layer)
+                factors[name] += torch.einsum("cto,cd,dtp->op", at, middle[n, t], at)
+
+    found = sums_of(net, data, RULES[likelihood], False).diagonal
+    for name, expected in diagonal.items():
+        assert_close(found[name], expected.detach(), cond=100)
+    for name, curvature in sums_of(net, data, RULES[likelihood], True).kronecker.items():
+        vectors = curvature.left_vectors[0]
+        total = factors[name.removesuffix(".weight")] / 30
+        assert_close(vectors * curvature.left_values[0] @ vectors.mT, total, cond=100)
+
+
+def test_a_thousand_classes_at_every_position_take_no_pass_for_each_class(monkeypatch):
+    calls = []
+    real = fisher._output_gradients
+
+    def counted(backward, outputs, scores, layers):
+        calls.extend(scores)
+        return real(backward, outputs, scores, layers)
+
+    monkeypatch.setattr(fisher, "_trusted", lambda network, weights, layers, inputs: layers)
+    monkeypatch.setattr(fisher, "_output_gradients", counted)
+    net = Tagger(4, 1000, False)
+    sums_of(net, [(torch.randn(8, 5, 3), torch.randint(1000, (8, 5)))], RULES["categorical"], True)
+    assert len(calls) == 4 * 5
