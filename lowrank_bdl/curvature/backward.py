@@ -8,14 +8,15 @@ gradient.
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowrank_bdl.linalg.memory import available_memory
-from lowrank_bdl.parameters.embeddings import DenseEmbeddings
+from lowrank_bdl.parameters.differentiable_operations import DifferentiableOperations
+from lowrank_bdl.parameters.wrappers import uncompiled
 
 _CACHE_BYTES = 2 << 20
 """On a CPU, vectors go through together while what they make fits in a cache: measured, small networks gain up to two
@@ -91,19 +92,23 @@ def is_missing_derivative(error: RuntimeError) -> bool:
     """Whether torch says that a kernel has no second derivative, or none in evaluation mode."""
     message = str(error)
     missing = "derivative for" in message and "not implemented" in message
-    return missing or "cudnn RNN backward" in message or "for sparse tensors" in message
+    others = ("cudnn RNN backward", "for sparse tensors")
+    return missing or any(text in message for text in others)
 
 
 @contextmanager
 def differentiable_kernels() -> Iterator[None]:
-    """Let torch compute by kernels that can be differentiated twice: no fused attention, recurrent layers or bags."""
+    """Let torch compute by kernels that can be differentiated twice: no fused attention, recurrent layers or bags,
+    and nothing compiled.
+    """
     enabled = torch.backends.cudnn.enabled
     torch.backends.cudnn.enabled = False
-    try:
-        with sdpa_kernel(SDPBackend.MATH), DenseEmbeddings():
-            yield
-    finally:
-        torch.backends.cudnn.enabled = enabled
+    with ExitStack() as stack:
+        stack.callback(setattr, torch.backends.cudnn, "enabled", enabled)
+        stack.enter_context(uncompiled())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(DifferentiableOperations())
+        yield
 
 
 def vectors_at_once(forward: Callable[[], object], vector_bytes: int, device: torch.device) -> int:
@@ -127,8 +132,13 @@ def vectors_at_once(forward: Callable[[], object], vector_bytes: int, device: to
         return tensor.detach()
 
     # what is unpacked is used where the forward pass takes derivatives itself
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            forward()
+    except RuntimeError as error:  # torch.func inside the forward pass takes no hooks: nothing is known
+        if "saved tensor hooks" not in str(error):
+            raise
+        return 1
     own = _GRAPH_FACTOR * sum(storage.nbytes() for storage in saved.values()) + vector_bytes
     limit = _CACHE_BYTES if device.type == "cpu" else (available_memory(device) or _CACHE_BYTES) // 4
-    return max(1, limit // own)
+    return max(1, limit // max(1, own))

@@ -19,7 +19,7 @@ from lowrank_bdl.linalg.exact import DENSE_LIMIT_GIB, check_dense_size
 from lowrank_bdl.linalg.expanded import UnbatchedLinearOperator
 from lowrank_bdl.linalg.memory import require_memory
 from lowrank_bdl.parameters.batches import CallFn, Data, TargetFn, fixed_batches, joined, split_batch
-from lowrank_bdl.parameters.embeddings import has_sparse_embedding
+from lowrank_bdl.parameters.differentiable_operations import lacks_second_derivatives
 from lowrank_bdl.parameters.functional import FunctionalModel
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
@@ -88,7 +88,7 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
         self._chunk_size = chunk_size
         self._seed: int | None = None
         self._backward = Backward()
-        self._fused = not has_sparse_embedding(model)
+        self._fused = not lacks_second_derivatives(model)
         self._at_once: int | None = None
         self._fixed = self._fingerprint()
 
@@ -168,7 +168,7 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autocast(rows.device.type, enabled=False))
             stack.enter_context(batch_norm_mode(model, self._bn_mode))
-            stack.enter_context(uncompiled(model))  # what is compiled has no second derivative
+            stack.enter_context(uncompiled())  # what is compiled has no second derivative
             if not self._fused:
                 stack.enter_context(differentiable_kernels())
             result = torch.zeros_like(rows)
@@ -262,8 +262,8 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
         if abs(sides[0] - sides[1]) > tolerance * max(norms[:2]):  # u'(H - H')v is about |(H - H')v|
             raise LowRankBDLError(
                 f"the matrix must be symmetric; for two vectors u'Hv is {sides[0]:.6g} and v'Hu is {sides[1]:.6g}. An "
-                "operation with a wrong second derivative (a backward pass that is detached, torch's weight_norm) does "
-                "that; check=False leaves this out."
+                "operation with a wrong second derivative (a backward pass that is detached) does that; "
+                " check=False leaves this out."
             )
 
     def _product_again(self, probe: Tensor, first: Tensor) -> Tensor:
@@ -350,7 +350,7 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
     def _columns(self, index: Tensor) -> Tensor:
         """Return columns of the matrix as rows ``(len(index), D)``."""
         result = self.theta.new_empty(len(index), self.layout.numel)
-        step = max(1, _NUMBERS_AT_ONCE // self.layout.numel)
+        step = max(1, _NUMBERS_AT_ONCE // max(1, self.layout.numel))
         for start in range(0, len(index), step):
             part = index[start : start + step, None]
             unit = torch.zeros_like(result[start : start + step]).scatter_(1, part, 1)
@@ -365,7 +365,7 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
         rows, columns = torch.broadcast_tensors(row_index, col_index)
         result = self.theta.new_empty(rows.shape)
         wanted, where = columns.unique(return_inverse=True)
-        step = max(1, _NUMBERS_AT_ONCE // self.layout.numel)
+        step = max(1, _NUMBERS_AT_ONCE // max(1, self.layout.numel))
         for start in range(0, len(wanted), step):
             found = self._columns(wanted[start : start + step])
             here = (where >= start) & (where < start + step)

@@ -170,7 +170,7 @@ def fisher_sums(
     sums: _Accumulators | None = None
     num_data, total, told_apart, backward = 0, 0.0, False, Backward()
     # a compiled network would not call the layers' hooks
-    with evaluation_mode(model), uncompiled(model), torch.inference_mode(False), torch.enable_grad():
+    with evaluation_mode(model), uncompiled(), torch.inference_mode(False), torch.enable_grad():
         weights = {name: value.detach().clone().requires_grad_() for name, value in network.named(theta).items()}
         for number, batch in enumerate(tqdm(loader, desc="Fisher information", unit="batch", disable=not progress)):
             inputs, targets, _ = split_batch(batch, network.stateless.device, target_fn)

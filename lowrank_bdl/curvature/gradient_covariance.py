@@ -210,6 +210,8 @@ class GradientCovariance:
         Raises:
             StaleError: If the model has changed since the first gradient.
         """
+        if not gradients.shape[1]:
+            gradients = gradients.new_zeros(len(gradients), 1)
         low, high = gradients.aminmax(dim=1)  # both are NaN if any entry is
         flags = ~((low > -self._moments.bound) & (high < self._moments.bound))
         present = self._model_state() if weights and self._reference is not None else {}

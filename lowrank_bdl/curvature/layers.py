@@ -101,6 +101,8 @@ def find_layers(model: nn.Module, layout: ParameterLayout) -> list[Layer]:
             )
         if not isinstance(module, nn.Linear | nn.Conv2d | _BatchNorm) or not _has_own_forward(module):
             continue
+        if isinstance(module.weight, Tensor) and not module.weight.numel():
+            continue  # of no inputs or no outputs
         names = [f"{name}.{key}" if name else key for key in ("weight", "bias")]
         layer = Layer(name, module, *(key if key in own else None for key in names))
         if layer.parameters:

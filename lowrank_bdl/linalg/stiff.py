@@ -74,7 +74,7 @@ def _triangle(factors: LowRankFactors, columns: Tensor | None) -> Tensor:
         size[part] = factors.mixed_rows(part, wide).norm(dim=-2) * inverse_std(factors.diag[part], wide)
     size, order = size.sort(descending=True)
     large = int((size >= 1).sum())  # the identity block, of row size one, takes its place in the order
-    step = max((part.stop - part.start for part in factors.chunks()), default=0)
+    step = max((part.stop - part.start for part in factors.chunks()), default=1)
     total = factors.rank + (0 if columns is None else columns.shape[-1])
     triangle = torch.zeros(0, total, dtype=wide, device=size.device)
     for is_small, begin, end in ((False, 0, large), (True, large, factors.dim)):

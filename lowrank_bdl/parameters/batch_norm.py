@@ -144,7 +144,7 @@ def _pooled(
     layers = [_LayerStatistics(name, bn, num_samples) for name, bn in tracking_layers(network.model, exclude).items()]
     current = [0]
     num_batches = 0
-    with evaluation_mode(network.model), _observed(layers, current), uncompiled(network.model):
+    with evaluation_mode(network.model), _observed(layers, current), uncompiled():
         bar = tqdm(loader, "batch-norm statistics", limit, unit="batch", leave=False, disable=not progress)
         for batch in islice(bar, limit):
             num_batches += 1

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.parameters.batches import CallFn, call_on_inputs, to_device
-from lowrank_bdl.parameters.embeddings import DenseEmbeddings, has_sparse_gradient
+from lowrank_bdl.parameters.differentiable_operations import DifferentiableOperations, needs_other_operations
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.substitution import Substitution
 from lowrank_bdl.parameters.wrappers import is_compiled, names_in, require_module, require_values
@@ -101,7 +101,8 @@ class StatelessModel:
         self._plain = {name: plain for plain, name in names_in(model).items()}
         self._call_fn = call_on_inputs if call_fn is None else call_fn
         self._substitution = Substitution(model)
-        self._sparse = has_sparse_gradient(model)
+        self._by_others = needs_other_operations(model)
+        self._takes_derivatives = False  # inside its forward pass, as far as is known
         self._writes_inputs: bool | None = None  # None until the first call has shown it
 
     def __call__(
@@ -122,6 +123,20 @@ class StatelessModel:
             LowRankBDLError: If the network computes with its own parameters in place of the given ones, or has a
                 reentrant checkpoint, through which gradients do not reach these.
         """
+        if torch.is_grad_enabled():
+            return self._evaluate(parameters, batch, buffers)
+        if not self._takes_derivatives:
+            try:
+                return self._evaluate(parameters, batch, buffers)
+            except RuntimeError as error:
+                if "does not require grad and does not have a grad_fn" not in str(error):
+                    raise
+                self._takes_derivatives = True  # forces, residuals of differential equations
+        with torch.inference_mode(False), torch.enable_grad():
+            output = self._evaluate(parameters, batch, buffers)
+        return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
+
+    def _evaluate(self, parameters: Mapping[str, Tensor], batch: Any, buffers: Mapping[str, Tensor] | None) -> Any:
         named = nn.Module.named_buffers(self.model)
         present = {self._plain.get(name, name): buffer.detach().clone() for name, buffer in named}
         for name, value in (buffers or {}).items():
@@ -137,8 +152,7 @@ class StatelessModel:
         if self._writes_inputs is not False:
             batch = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
         # the weights may be views of one vector, through which no sparse gradient passes
-        dense = DenseEmbeddings() if self._sparse and torch.is_grad_enabled() else nullcontext()
-        with dense:
+        with DifferentiableOperations() if self._by_others and torch.is_grad_enabled() else nullcontext():
             output = self._substitution(parameters, lambda: self._call_fn(self.model, batch), present)
         if self._writes_inputs is None:  # tensors of inference mode do not count what is written
             leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]

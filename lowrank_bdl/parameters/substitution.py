@@ -111,7 +111,7 @@ class Substitution:
         witness = WeightWitness(copies, replaced)
 
         def watched() -> Any:
-            with uncompiled(self.module), witness:  # which does not see into compiled code
+            with uncompiled(), witness:  # which does not see into compiled code
                 return function()
 
         output = self._run(copies, buffers, watched)

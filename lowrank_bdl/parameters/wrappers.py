@@ -207,13 +207,15 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 @contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Run a compiled model as if it were not, inside the block: a hook that counts would be compiled at every call.
+def uncompiled() -> Iterator[None]:
+    """Run whatever is compiled as if it were not, inside the block: networks, parts of them, functions that they call.
 
-    Args:
-        model: Any module; nothing is done for one that is not compiled.
+    Compiled code has no second derivative, keeps no graph for several backward passes, and does not call the hooks that
+    were registered after its compilation, or compiles itself anew for them.
+
+    Cost: nothing unless torch's compiler, slow to import, has been.
     """
-    if not is_compiled(model):
+    if "torch._dynamo" not in sys.modules:
         yield
         return
     with torch.compiler.set_stance("force_eager"):

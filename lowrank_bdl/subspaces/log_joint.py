@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lowrank_bdl.curvature.backward import differentiable_kernels
 from lowrank_bdl.curvature.loss_gradients import (
     BatchNormMode,
     LossFn,
@@ -460,7 +461,7 @@ class LogJoint:
         sums = sums_device(device or thetas.device)
         self._deferred.clear()
         total, read = torch.zeros(len(thetas), dtype=torch.float64, device=sums), False
-        with batch_norm_mode(model, self._bn_mode):
+        with batch_norm_mode(model, self._bn_mode), differentiable_kernels():
             for batch in batches:
                 inputs, targets, size = split_batch(batch, device, self._target_fn)
                 groups = _row_groups(range(len(thetas)), self._chunk(len(thetas), size))

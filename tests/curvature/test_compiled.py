@@ -97,3 +97,31 @@ def test_data_parallel(order, one_process):
     if order == "compiled outside":
         wrapped = compiled(wrapped)
     check(net, wrapped, x, y)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's compiler looks at it
+def test_a_function_that_is_compiled_inside_the_forward():
+    def doubled_tanh(v):
+        return 2 * v.tanh()
+
+    class Net(nn.Module):
+        def __init__(self, compiles):
+            super().__init__()
+            self.inner = build()[0]
+            self.last = torch.compile(doubled_tanh, backend="aot_eager") if compiles else doubled_tanh
+
+        def forward(self, x):
+            return self.last(self.inner(x))
+
+    plain, compiles = Net(False), Net(True)
+    _, x, y = build()
+    compiles(x)
+    data = batches(x, y)
+    for kind in (lb.HessianLinearOperator, lb.GGNLinearOperator):
+        expected = kind(plain, cross_entropy, data).to_dense()
+        assert_close(kind(compiles, cross_entropy, data).to_dense(), expected)
+    kronecker = lb.KFACLaplace(compiles, labels="expected").fit(data, progress=False)
+    assert kronecker.kinds.kronecker == tuple(lb.ParameterLayout.from_module(plain).names)
+    laplaces = [lb.DiagonalLaplace(net, labels="expected") for net in (plain, compiles)]
+    diagonals = [laplace.fit(data, progress=False).fisher_diagonal for laplace in laplaces]
+    assert_close(*diagonals)

@@ -1,15 +1,20 @@
 """The Hessian against a dense float64 one by forward-over-reverse differentiation: every entry, every eigenvalue."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, TensorDataset
 
 from lowrank_bdl.curvature.hessian import HessianLinearOperator
-from lowrank_bdl.errors import LowRankBDLError, ShapeError
+from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.linalg.lanczos import lanczos
 from lowrank_bdl.parameters.layout import ParameterLayout
+from lowrank_bdl.subspaces.log_joint import LogJoint
+from lowrank_bdl.subspaces.subspace import Subspace
 from tests.curvature.cases import NETS, batches, build
 from tests.curvature.dense import build_large, dense_hessian
 from tests.oracles import assert_close
@@ -91,10 +96,30 @@ def test_frozen_parameters_are_left_out_and_may_be_put_in_by_a_layout():
     assert not net.conv1.weight.requires_grad
 
 
-def test_the_wrong_second_derivative_of_weight_norm_is_found():
-    net, x, y = build("weight norm")  # torch.autograd.functional.hessian differs by .7 from finite differences
-    with pytest.raises(LowRankBDLError, match=r"must be symmetric; for two vectors u'Hv is .*torch's weight_norm"):
-        HessianLinearOperator(net, cross_entropy, (x, y))
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("make", [parametrizations.weight_norm, nn.utils.weight_norm])
+def test_weight_norm_of_which_torch_gives_another_second_derivative(make, dim):
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        net = nn.Sequential(make(nn.Linear(3, 4), dim=dim), nn.Tanh(), nn.Linear(4, 3)).double()
+    x, y = torch.randn(7, 3, dtype=torch.float64), torch.randint(3, (7,))
+    layout = ParameterLayout.from_module(net)
+    theta = layout.flatten(net)
+
+    def slope(at):
+        own = at.clone().requires_grad_()
+        loss = cross_entropy(torch.func.functional_call(net, dict(layout.unflatten(own)), (x,)), y)
+        return torch.autograd.grad(loss, own)[0]  # torch's first derivative is right
+
+    steps = 1e-4 * torch.eye(len(theta)).double()
+    near, far = (torch.stack([slope(theta + h * s) - slope(theta - h * s) for s in steps]) for h in (1, 2))
+    expected = (8 * near - far) / 12e-4  # to fourth order
+    assert (HessianLinearOperator(net, cross_entropy, (x, y)).to_dense() - expected).norm() < 1e-9 * expected.norm()
+    subspace = Subspace(layout, theta, torch.eye(len(theta)).double())
+    joint = LogJoint(subspace, net, "categorical", [(x, y)])
+    found = torch.autograd.functional.hessian(joint.log_likelihood, torch.zeros_like(theta))
+    assert (found + 7 * expected).norm() < 1e-9 * 7 * expected.norm()
 
 
 def test_single_precision():

@@ -4,13 +4,14 @@ The oracles use one backward pass a number, by ``torch.autograd`` alone, on copi
 torch cannot differentiate twice is written in plain operations.
 """
 
+import contextlib
 import copy
 import math
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 
 import lowrank_bdl as lb
 from tests.oracles import assert_close
@@ -27,12 +28,37 @@ def seeded(make):
 def gpt2():
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
-        vocab_size=11, n_positions=6, n_embd=8, n_layer=2, n_head=2, num_labels=CLASSES, pad_token_id=0
+        vocab_size=7, n_positions=6, n_embd=8, n_layer=1, n_head=2, n_inner=12, num_labels=CLASSES, pad_token_id=0
     )
     net = transformers.GPT2ForSequenceClassification(config)
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.4)
-    return Logits(net), lambda n: torch.randint(1, 11, (n, 5)), None
+    return Logits(net), lambda n: torch.randint(1, 7, (n, 5)), None
+
+
+def gpt2_checkpointed():
+    """Parts are computed again in the backward pass, after which the plain one's weights must be in place."""
+    net, inputs, _ = gpt2()
+    plain = copy.deepcopy(net)
+    net.inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return AsInTraining(net), inputs, AsInTraining(plain)
+
+
+class AsInTraining(nn.Module):
+    """Checkpoints in evaluation mode too: transformers leaves them out there."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        for module in net.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+
+    def forward(self, x):
+        for module in self.net.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True
+        return self.net(x)
 
 
 def vit():
@@ -131,7 +157,15 @@ def words():
     return net, lambda n: torch.randint(7, (n, 5)), plain
 
 
-NETS = {"gpt2": gpt2, "vit": vit, "densenet": densenet, "lstm": lstm, "clip": clip, "words": words}
+NETS = {
+    "gpt2": gpt2,
+    "gpt2 checkpointed": gpt2_checkpointed,
+    "vit": vit,
+    "densenet": densenet,
+    "lstm": lstm,
+    "clip": clip,
+    "words": words,
+}
 
 
 class Case:
@@ -189,7 +223,7 @@ class Case:
         return total / self.count, torch.cat(gradients)
 
 
-SLOW = {"gpt2", "vit", "densenet"}  # thousands of weights, one backward pass each in the oracle
+SLOW = {"gpt2", "gpt2 checkpointed", "vit", "densenet"}  # thousands of weights, one backward pass each in the oracle
 
 
 @pytest.fixture(
@@ -269,3 +303,153 @@ def test_predictions_and_densities(case):
         expected, gradient = expected - loss.detach(), gradient - case.rows([loss], leaves)[0]
     near(value.double(), expected)
     near(slope.double(), gradient)
+
+    if case.layout.numel > 300:
+        return
+    hessian = torch.autograd.functional.hessian(joint.log_likelihood, torch.zeros_like(case.theta))
+    near(hessian / -case.count, case.hessian())
+
+
+class Slopes(nn.Module):
+    """The forces of an energy: derivatives with respect to the inputs inside the forward pass."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.energy, self.way = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)), way
+
+    def forward(self, x):
+        if self.way == "explicit":  # d/dx w2 tanh(W1 x + b1)
+            first, _, second = self.energy
+            return (second.weight * (1 - first(x).tanh().square())) @ first.weight
+        if self.way == "func":
+            return torch.func.vmap(torch.func.grad(lambda v: self.energy(v).sum()))(x)
+        with torch.enable_grad() if self.way == "enabled" else contextlib.nullcontext():
+            x = x.clone().requires_grad_()
+            return torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("way", ["grad", "enabled", "func"])
+def test_networks_that_take_derivatives_themselves(way):
+    torch.manual_seed(0)
+    net, plain = Slopes(way).double(), Slopes("explicit").double()
+    plain.load_state_dict(net.state_dict())
+    layout = lb.ParameterLayout.from_module(net)
+    theta = layout.flatten(net)
+    x, y = torch.randn(2, 8, 3, dtype=torch.float64)
+    data = [(x[:5], y[:5]), (x[5:], y[5:])]
+
+    def outputs(at):
+        return torch.func.functional_call(plain, dict(layout.unflatten(at)), (x,))
+
+    jacobian = torch.func.jacrev(outputs)(theta)
+    fisher = torch.einsum("ncd,nce->de", jacobian, jacobian) / 8
+    hessian = torch.func.hessian(lambda at: mse_loss(outputs(at), y))(theta)
+    vector = torch.randn_like(theta)
+    near(lb.HessianLinearOperator(net, mse_loss, data).to_dense(), hessian)
+    for operator, expected in (
+        (lb.GGNLinearOperator(net, mse_loss, data), fisher * 2 / 3),
+        (lb.FisherLinearOperator(net, "gaussian", data), fisher),
+    ):
+        near(operator.to_dense(), expected)
+        near(operator @ vector, expected @ vector)
+    laplace = lb.DiagonalLaplace(net, likelihood="gaussian", labels="expected").fit(data, progress=False)
+    near(laplace.fisher_diagonal / 8, fisher.diagonal())
+    kronecker = lb.KFACLaplace(net, likelihood="gaussian", labels="expected").fit(data, progress=False)
+    assert not kronecker.kinds.kronecker, "what enters a layer does not tell its gradient"
+    near(layout.flatten(kronecker.fisher.diagonal, dtype=torch.float64) / 8, fisher.diagonal())
+    each = lb.GradientCovariance(net, mse_loss, per_example=True)
+    for batch in data:
+        each.update(batch)
+    gradients = torch.einsum("ncd,nc->nd", jacobian, outputs(theta).detach() - y) * 2 / 3
+    near(each.covariance.to_dense(), gradients.mT.cov())
+
+    draws = theta + 0.1 * torch.randn(3, layout.numel, dtype=torch.float64)
+    predictive = lb.predict(net, draws, data, likelihood="gaussian", noise_variance=1.0, progress=False)
+    near(predictive.mean, torch.stack([outputs(draw) for draw in draws]).mean(0))
+    subspace = lb.Subspace(layout, theta, torch.eye(layout.numel, dtype=torch.float64))
+    joint = lb.LogJoint(subspace, net, "gaussian", data, noise_variance=1.0)
+    z = torch.zeros_like(theta)
+    errors = (outputs(theta) - y).square().sum()
+    near(joint.log_likelihood(z).double(), -0.5 * errors - 12 * math.log(2 * math.pi))
+    near(torch.autograd.functional.jacobian(joint.log_likelihood, z), -4 * gradients.sum(0) * 3 / 8)
+    near(torch.autograd.functional.hessian(joint.log_likelihood, z), -12 * hessian)
+
+
+class Gaps(nn.Module):
+    """A parameter without entries, one without axes, and layers of no width."""
+
+    def __init__(self):
+        super().__init__()
+        self.none = nn.Parameter(torch.zeros(0, 4))
+        self.scale = nn.Parameter(torch.tensor(1.3))
+        self.narrow, self.wide = nn.Linear(3, 0), nn.Linear(0, CLASSES)
+        self.head = nn.Linear(3, CLASSES)
+
+    def forward(self, x):
+        return self.scale * self.head(x) + self.wide(self.narrow(x)) + self.none.sum()
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
+def test_parameters_without_entries_or_axes():
+    torch.manual_seed(0)
+    net = Gaps().double()
+    layout = lb.ParameterLayout.from_module(net)
+    theta = layout.flatten(net)
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.randint(CLASSES, (8,))
+
+    def outputs(at):
+        return torch.func.functional_call(net, dict(layout.unflatten(at)), (x,))
+
+    jacobian, probs = torch.func.jacrev(outputs)(theta), outputs(theta).detach().softmax(1)
+    middle = torch.diag_embed(probs) - probs[:, :, None] * probs[:, None, :]
+    ggn = (jacobian.mT @ middle @ jacobian).mean(0)
+    near(lb.GGNLinearOperator(net, cross_entropy, (x, y)).to_dense(), ggn)
+    near(lb.FisherLinearOperator(net, "categorical", (x, y)).to_dense(), ggn)
+    hessian = torch.func.hessian(lambda at: cross_entropy(outputs(at), y))(theta)
+    near(lb.HessianLinearOperator(net, cross_entropy, (x, y)).to_dense(), hessian)
+    laplace = lb.DiagonalLaplace(net, labels="expected").fit([(x, y)], progress=False)
+    near(laplace.fisher_diagonal / 8, ggn.diagonal())
+    kronecker = lb.KFACLaplace(net, labels="expected").fit([(x, y)], progress=False)
+    assert kronecker.kinds.kronecker == ("head.weight", "head.bias")
+    assert set(kronecker.kinds.diagonal) == set(layout.names) - {"head.weight", "head.bias"}
+    near(kronecker.fisher.diagonal["scale"] / 8, ggn[0, 0])
+    draws = kronecker.posterior(prior_precision=1.0).sample(2)
+    near(
+        lb.predict(net, draws, [(x, y)], progress=False).mean,
+        torch.stack([outputs(d).softmax(1) for d in draws]).mean(0),
+    )
+    each = lb.GradientCovariance(net, cross_entropy, per_example=True)
+    each.update((x, y))
+    gradients = ((probs - nn.functional.one_hot(y, CLASSES))[:, None] @ jacobian)[:, 0]
+    near(each.covariance.to_dense(), gradients.mT.cov())
+
+    swag = lb.SWAG(net, rank=3)
+    for _ in range(4):
+        layout.assign_(net, layout.flatten(net) + 0.1 * torch.randn_like(theta))
+        swag.update_parameters(net)
+    posterior = swag.posterior()
+    for include, size in (("none", 0), ("scale", 1), ("narrow", 0)):
+        marginal = posterior.marginal([include])
+        assert marginal.sample(2).shape == (2, size)
+        point = marginal.mean + 0.1
+        dense = marginal.covariance.to_dense().double()
+        expected = torch.distributions.MultivariateNormal(marginal.mean.double(), dense) if size else None
+        near(marginal.log_prob(point).double(), expected.log_prob(point.double()) if size else torch.zeros(()).double())
+
+
+def test_a_network_whose_parameters_are_all_without_entries():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.none = nn.Parameter(torch.zeros(0, dtype=torch.float64))
+
+        def forward(self, x):
+            return x + self.none.sum()
+
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.randint(3, (8,))
+    for kind in (lb.HessianLinearOperator, lb.GGNLinearOperator):
+        assert kind(Net(), cross_entropy, (x, y)).to_dense().shape == (0, 0)
+    each = lb.GradientCovariance(Net(), cross_entropy, per_example=True)
+    each.update((x, y))
+    assert each.covariance.shape == (0, 0)
+    near(lb.predict(Net(), torch.zeros(2, 0), [(x, y)], progress=False).mean, x.softmax(1))

@@ -1,4 +1,4 @@
-"""Embeddings by operations that can be differentiated as often as asked for, with dense gradients."""
+"""Operations that torch cannot differentiate twice, or gets wrong then, by others that give the same values."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -6,31 +6,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 
-def has_sparse_embedding(model: nn.Module) -> bool:
-    """Whether a part of a network is an embedding whose gradient is sparse, or has no second derivative in torch."""
+def lacks_second_derivatives(model: nn.Module) -> bool:
+    """Whether a part of a network has no second derivative in torch, or a wrong one.
+
+    Args:
+        model: Any module.
+    """
+    return needs_other_operations(model) or any(isinstance(module, nn.EmbeddingBag) for module in model.modules())
+
+
+def needs_other_operations(model: nn.Module) -> bool:
+    """Whether torch differentiates a part of a network wrongly, or not with respect to views of one vector.
+
+    These are embeddings with sparse gradients, which pass through no view, and weight normalisation, whose second
+    derivative takes the norm for a constant.
+
+    Args:
+        model: Any module.
+    """
     return any(
-        isinstance(module, nn.EmbeddingBag) or (isinstance(module, nn.Embedding) and module.sparse)
+        isinstance(module, _WeightNorm)
+        or (isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse)
+        or any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values())
         for module in model.modules()
     )
 
 
-def has_sparse_gradient(model: nn.Module) -> bool:
-    """Whether a part of a network is an embedding whose gradient is sparse."""
-    return any(isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse for module in model.modules())
+class DifferentiableOperations(TorchFunctionMode):
+    """Computes some functions of torch by operations that can be differentiated as often as asked for, inside a block.
 
-
-class DenseEmbeddings(TorchFunctionMode):
-    """Computes ``embedding`` with a dense gradient, and ``embedding_bag`` by an embedding and a sum, inside a block.
-
-    Values are the same to rounding. Sparse gradients cannot be differentiated again, and torch has no second
-    derivative of ``embedding_bag``.
+    ``embedding`` has a dense gradient, ``embedding_bag`` is an embedding and a sum, and weight normalisation a division
+    by a norm. Values are the same to rounding. Sparse gradients cannot be differentiated again; torch has no second
+    derivative of ``embedding_bag``, and a wrong one of weight normalisation.
 
     Example:
         >>> weight = torch.ones(3, 2, requires_grad=True)
-        >>> with DenseEmbeddings():
+        >>> with DifferentiableOperations():
         ...     bags = functional.embedding_bag(torch.tensor([[0, 1]]), weight, mode="sum", sparse=True)
         >>> bags
         tensor([[2., 2.]], grad_fn=<SumBackward1>)
@@ -43,12 +59,14 @@ class DenseEmbeddings(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: "Mapping[str, Any] | None" = None,
     ) -> Any:
-        """Carry out a function of torch; embeddings by other operations."""
+        """Carry out a function of torch, or by other operations what it does."""
         options = dict(kwargs or {})
         if func is functional.embedding:
             return functional.embedding(*args[:6], **{**options, "sparse": False})
         if func is functional.embedding_bag:
             return _embedding_bag(*args, **options)
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **options)
         return func(*args, **options)
 
 
@@ -98,3 +116,8 @@ def _padded(
     positions = positions.where(present, 0)
     weights = None if per_sample_weights is None else per_sample_weights[positions]
     return input[positions], present, weights
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """As ``torch._weight_norm``: g v / |v|, norms over all axes but one; over all of them with -1."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))

@@ -1,4 +1,4 @@
-"""Embeddings with sparse gradients and bags, which torch cannot differentiate twice."""
+"""Sparse embeddings, bags and weight normalisation: what torch cannot differentiate twice, or gets wrong then."""
 
 import pytest
 import torch
@@ -8,9 +8,11 @@ from torch.nn.functional import cross_entropy, embedding_bag
 from lowrank_bdl.curvature.ggn import GGNLinearOperator
 from lowrank_bdl.curvature.gradient_covariance import GradientCovariance
 from lowrank_bdl.curvature.hessian import HessianLinearOperator
-from lowrank_bdl.parameters.embeddings import DenseEmbeddings
+from lowrank_bdl.parameters.differentiable_operations import DifferentiableOperations
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.posteriors.laplace import DiagonalLaplace
+from lowrank_bdl.subspaces.log_joint import LogJoint
+from lowrank_bdl.subspaces.subspace import Subspace
 from tests.curvature.dense import dense_ggn, dense_hessian
 from tests.oracles import assert_close
 
@@ -28,7 +30,7 @@ def test_bags_are_those_of_torch(mode, form, padding_idx):
         offsets = torch.tensor([0, 3, 3, 7] + ([11] if form == "last offset" else []))
         arguments, options["include_last_offset"] = (torch.randint(6, (11,)), weight, offsets), form == "last offset"
     expected = embedding_bag(*arguments, **options)
-    with DenseEmbeddings():
+    with DifferentiableOperations():
         found = embedding_bag(*arguments, **options)
     assert_close(found.detach(), expected.detach())
     direction = torch.randn_like(expected)
@@ -42,11 +44,11 @@ def test_bags_with_weights_of_their_own_and_bounded_norms():
     factors, weight = torch.randn(7, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
     options = {"mode": "sum", "per_sample_weights": factors, "max_norm": 1.0}
     expected = embedding_bag(indices, weight.clone(), offsets, **options)
-    with DenseEmbeddings():
+    with DifferentiableOperations():
         assert_close(embedding_bag(indices, weight.clone(), offsets, **options), expected)
     matrix = {"mode": "sum", "per_sample_weights": factors[:6].view(2, 3)}
     expected = embedding_bag(indices[:6].view(2, 3), weight, **matrix)
-    with DenseEmbeddings():
+    with DifferentiableOperations():
         assert_close(embedding_bag(indices[:6].view(2, 3), weight, **matrix), expected)
 
 
@@ -122,3 +124,7 @@ def test_curvature(mode, sparse, padding_idx):
     assert_close(covariance.covariance.to_dense(), torch.stack(each).mT.cov(), cond=1e3)
     assert_close(covariance.mean, torch.stack(each).mean(0), cond=100)
     assert net[0].sparse == sparse
+    theta = layout.flatten(net)
+    joint = LogJoint(Subspace(layout, theta, torch.eye(layout.numel).double()), net, "categorical", data)
+    found = torch.autograd.functional.hessian(joint.log_likelihood, torch.zeros_like(theta))
+    assert_close(found / -7, hessian, cond=100)
