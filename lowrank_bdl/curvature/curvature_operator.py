@@ -263,7 +263,7 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
             raise LowRankBDLError(
                 f"the matrix must be symmetric; for two vectors u'Hv is {sides[0]:.6g} and v'Hu is {sides[1]:.6g}. An "
                 "operation with a wrong second derivative (a backward pass that is detached) does that; "
-                " check=False leaves this out."
+                "check=False leaves this out."
             )
 
     def _product_again(self, probe: Tensor, first: Tensor) -> Tensor:
