@@ -1,7 +1,7 @@
 """The network as a function f(θ, x) of its flat weight vector."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch.utils import _pytree as pytree
 
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.parameters.batches import CallFn, call_on_inputs, to_device
-from lowrank_bdl.parameters.differentiable_operations import DifferentiableOperations, needs_other_operations
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.substitution import Substitution
 from lowrank_bdl.parameters.wrappers import is_compiled, names_in, require_module, require_values
@@ -101,7 +100,6 @@ class StatelessModel:
         self._plain = {name: plain for plain, name in names_in(model).items()}
         self._call_fn = call_on_inputs if call_fn is None else call_fn
         self._substitution = Substitution(model)
-        self._by_others = needs_other_operations(model)
         self._takes_derivatives = False  # inside its forward pass, as far as is known
         self._writes_inputs: bool | None = None  # None until the first call has shown it
 
@@ -151,9 +149,7 @@ class StatelessModel:
             batch = to_device(batch, self.device)
         if self._writes_inputs is not False:
             batch = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
-        # the weights may be views of one vector, through which no sparse gradient passes
-        with DifferentiableOperations() if self._by_others and torch.is_grad_enabled() else nullcontext():
-            output = self._substitution(parameters, lambda: self._call_fn(self.model, batch), present)
+        output = self._substitution(parameters, lambda: self._call_fn(self.model, batch), present)
         if self._writes_inputs is None:  # tensors of inference mode do not count what is written
             leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
             self._writes_inputs = any(leaf.is_inference() or leaf._version > 0 for leaf in leaves)

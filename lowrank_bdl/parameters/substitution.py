@@ -1,6 +1,7 @@
 """A module run with other tensors in place of its own, so that neither it nor their owner is changed."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from lowrank_bdl.errors import LowRankBDLError
 from lowrank_bdl.parameters.checkpointing import checkpoints_rerun
+from lowrank_bdl.parameters.differentiable_operations import DifferentiableOperations, needs_other_operations
 from lowrank_bdl.parameters.witness import WeightWitness
 from lowrank_bdl.parameters.wrappers import data_parallel_parts, named_parameters, names_in, uncompiled, unsynchronized
 
@@ -33,6 +35,8 @@ class Substitution:
       copies of what that one wrote into, and the tensors themselves otherwise.
     - The first run is also watched for use of the module's own tensors, which would mean that a wrapper or a hook has
       put them back.
+    - Where torch would give sparse gradients, which do not pass through views of one vector, or wrong second ones, the
+      network is computed by other operations; see `DifferentiableOperations`.
     - Checkpointed parts of the network are computed again with the same tensors.
 
     Args:
@@ -54,6 +58,7 @@ class Substitution:
         self._runner = _Runner(module)
         self._names = names_in(module)
         self._data_parallel = data_parallel_parts(module)
+        self._by_others = needs_other_operations(module)
         self._written: dict[tuple[bool, bool], frozenset[str]] = {}
 
     def __call__(
@@ -145,7 +150,8 @@ class Substitution:
             return functional_call(self._runner, inside, (function,))
 
         def run(body: Callable[[], Any]) -> Any:
-            with checkpoints_rerun(run, lambda: list(inside.values())):
+            other = DifferentiableOperations() if self._by_others and torch.is_grad_enabled() else nullcontext()
+            with checkpoints_rerun(run, lambda: list(inside.values())), other:
                 return functional_call(self._runner, inside, (body,))
 
         if not self._data_parallel:

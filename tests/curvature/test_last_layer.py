@@ -177,9 +177,9 @@ def test_a_part_of_the_last_layer(kronecker):
         )
 
 
-@pytest.mark.parametrize("name, expected", [("wide", 4), ("narrow", 3), ("one layer", 0), ("two heads", CLASSES)])
-def test_backward_passes(name, expected, monkeypatch):
-    net, x, y, _ = build(name)
+@pytest.fixture
+def passes(monkeypatch):
+    """A list with an entry for each vector of scores that goes back through a network."""
     calls = []
     real = fisher._output_gradients
 
@@ -189,8 +189,14 @@ def test_backward_passes(name, expected, monkeypatch):
 
     monkeypatch.setattr(fisher, "_trusted", lambda network, weights, layers, inputs: layers)
     monkeypatch.setattr(fisher, "_output_gradients", counted)
+    return calls
+
+
+@pytest.mark.parametrize("name, expected", [("wide", 4), ("narrow", 3), ("one layer", 0), ("two heads", CLASSES)])
+def test_backward_passes(name, expected, passes):
+    net, x, y, _ = build(name)
     sums_of(net, [(x, y)], RULES["categorical"], True)
-    assert len(calls) == expected
+    assert len(passes) == expected
 
 
 class Tagger(nn.Module):
@@ -249,16 +255,7 @@ def test_sequences(likelihood, width, classes):
         assert_close(vectors * curvature.left_values[0] @ vectors.mT, total, cond=100)
 
 
-def test_a_thousand_classes_at_every_position_take_no_pass_for_each_class(monkeypatch):
-    calls = []
-    real = fisher._output_gradients
-
-    def counted(backward, outputs, scores, layers):
-        calls.extend(scores)
-        return real(backward, outputs, scores, layers)
-
-    monkeypatch.setattr(fisher, "_trusted", lambda network, weights, layers, inputs: layers)
-    monkeypatch.setattr(fisher, "_output_gradients", counted)
+def test_a_thousand_classes_at_every_position_take_no_pass_for_each_class(passes):
     net = Tagger(4, 1000, False)
     sums_of(net, [(torch.randn(8, 5, 3), torch.randint(1000, (8, 5)))], RULES["categorical"], True)
-    assert len(calls) == 4 * 5
+    assert len(passes) == 4 * 5

@@ -1,11 +1,13 @@
 """Networks that do unusual things: every matrix of them is the one that reverse-mode differentiation gives."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, linear, mse_loss
 from torch.nn.utils import parametrizations, rnn
-from torch.utils.checkpoint import checkpoint_sequential
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import lowrank_bdl as lb
 from lowrank_bdl.errors import ShapeError
@@ -131,6 +133,18 @@ class Sequence(nn.Module):
         return checkpoint_sequential(self.body, 2, x, use_reentrant=False)
 
 
+class CheckpointedWords(nn.Module):
+    """Looks words up, with a sparse gradient, in a part that is computed again."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(7, 4, sparse=True), nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        numbers = (x * 3).long() % 7
+        return self.head(checkpoint(lambda n: self.words(n).tanh().mean(1), numbers, use_reentrant=False))
+
+
 def with_hook(place, backward=False):
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, CLASSES))
     if backward:
@@ -174,6 +188,7 @@ NETS = {
     "weight used elsewhere": (Reused, (N, 3)),
     "coupled": (Coupled, (N, 3)),
     "checkpoints": (Sequence, (N, 3)),
+    "sparse in a checkpoint": (CheckpointedWords, (N, 5)),
     "forward hook": (lambda: with_hook(0), (N, 3)),
     "forward hook at the end": (lambda: with_hook(2), (N, 3)),
     "backward hook": (lambda: with_hook(2, backward=True), (N, 3)),
@@ -190,12 +205,16 @@ def test_every_matrix(name):
     torch.manual_seed(0)
     make, shape = NETS[name]
     net = make().double().eval()
+    plain = copy.deepcopy(net)
+    for module in plain.modules():
+        if isinstance(module, nn.Embedding):
+            module.sparse = False
     x, y = torch.randn(shape, dtype=torch.float64), torch.randint(CLASSES, (N,))
     layout = lb.ParameterLayout.from_module(net)
     theta = layout.flatten(net)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         leaves = {key: part.clone().requires_grad_() for key, part in layout.unflatten(theta).items()}
-        outputs = torch.func.functional_call(net, leaves, (x,))
+        outputs = torch.func.functional_call(plain, leaves, (x,))
 
         def rows(values, create_graph=False):
             each = [

@@ -13,6 +13,9 @@ from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.posteriors.laplace import DiagonalLaplace
 from lowrank_bdl.subspaces.log_joint import LogJoint
 from lowrank_bdl.subspaces.subspace import Subspace
+from lowrank_bdl.surfaces.curves import BezierCurve
+from lowrank_bdl.surfaces.surface_model import SurfaceModel
+from lowrank_bdl.training.variational import MeanFieldModel
 from tests.curvature.dense import dense_ggn, dense_hessian
 from tests.oracles import assert_close
 
@@ -128,3 +131,24 @@ def test_curvature(mode, sparse, padding_idx):
     joint = LogJoint(Subspace(layout, theta, torch.eye(layout.numel).double()), net, "categorical", data)
     found = torch.autograd.functional.hessian(joint.log_likelihood, torch.zeros_like(theta))
     assert_close(found / -7, hessian, cond=100)
+
+
+@pytest.mark.parametrize("mode", ["flat", "sum"])
+def test_training_through_other_weights(mode):
+    """Curves and distributions of weights compute those of the network, whose gradients arrive dense."""
+    found = []
+    for sparse in (True, False):
+        net, data, _ = build(mode, sparse)
+        layout = ParameterLayout.from_module(net)
+        theta = layout.flatten(net)
+        curve = BezierCurve([theta, theta + 0.1, theta - 0.1], layout)
+        surface = SurfaceModel(net, curve, torch.Generator().manual_seed(0))
+        mean_field = MeanFieldModel(net, init_std=0.1, generator=torch.Generator().manual_seed(0))
+        for model in (surface, mean_field):
+            cross_entropy(model(data[0][0]), data[0][1]).backward()
+        parameters = [*surface.parameters(), *mean_field.parameters()]
+        found.append([p.grad for p in parameters if p.grad is not None])
+    assert len(found[0]) == len(found[1]) >= 3
+    for given, expected in zip(*found, strict=True):
+        assert not given.is_sparse and given.any()
+        assert_close(given, expected)
