@@ -152,3 +152,44 @@ def test_training_through_other_weights(mode):
     for given, expected in zip(*found, strict=True):
         assert not given.is_sparse and given.any()
         assert_close(given, expected)
+
+
+class WeightedBags(nn.Module):
+    """Bags of several lengths as one vector of indices, each entry with a trained weight."""
+
+    def __init__(self, plain):
+        super().__init__()
+        self.words, self.factors = nn.EmbeddingBag(6, 3, mode="sum"), nn.Parameter(torch.rand(6))
+        self.head, self.plain = nn.Linear(3, 3), plain
+
+    def forward(self, batch):
+        indices, offsets = batch["indices"], batch["offsets"]
+        if not self.plain:
+            return self.head(self.words(indices, offsets, per_sample_weights=self.factors[indices]).tanh())
+        number = torch.arange(len(indices))
+        inside = (number >= offsets[:, None]) & (
+            number < torch.cat([offsets[1:], torch.tensor([len(indices)])])[:, None]
+        )
+        rows = self.words.weight[indices] * self.factors[indices][:, None]
+        return self.head((inside.to(rows) @ rows).tanh())
+
+
+def test_weighted_bags_with_offsets():
+    torch.manual_seed(0)
+    net, plain = WeightedBags(False).double(), WeightedBags(True).double()
+    plain.load_state_dict(net.state_dict())
+    x = {"indices": torch.randint(6, (15,)), "offsets": torch.tensor([0, 2, 2, 7, 9, 12])}
+    y = torch.randint(3, (6,))
+    layout = ParameterLayout.from_module(net)
+    theta = layout.flatten(net)
+
+    def outputs(at):
+        return torch.func.functional_call(plain, dict(layout.unflatten(at)), (x,))
+
+    jacobian, probs = torch.func.jacrev(outputs)(theta), outputs(theta).detach().softmax(1)
+    ggn = (jacobian.mT @ (torch.diag_embed(probs) - probs[:, :, None] * probs[:, None, :]) @ jacobian).mean(0)
+    hessian = torch.func.hessian(lambda at: cross_entropy(outputs(at), y))(theta)
+    assert_close(HessianLinearOperator(net, cross_entropy, [(x, y)]).to_dense(), hessian, cond=100)
+    assert_close(GGNLinearOperator(net, cross_entropy, [(x, y)]).to_dense(), ggn, cond=100)
+    diagonal = DiagonalLaplace(net, labels="expected").fit([(x, y)], progress=False).fisher_diagonal
+    assert_close(diagonal / 6, ggn.diagonal(), cond=100)
