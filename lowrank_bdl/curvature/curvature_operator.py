@@ -4,7 +4,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias, cast
 
 import torch
 from linear_operator.operators import LinearOperator
@@ -104,6 +104,10 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
         """What a batch's matrix counts in the sum over all examples, of which the mean is taken."""
         return float(size)
 
+    def _num_terms(self, size: int) -> "Tensor | float":
+        """How many terms the batch that was read last has in the mean: its number of examples, unless a loss says."""
+        return size
+
     def _outputs(self, weights: Mapping[str, Tensor], inputs: Any, targets: Tensor) -> Any:
         own = set(self.layout.names)
         model = self._network.stateless.model
@@ -162,7 +166,7 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
     def _pass(self, rows: Tensor) -> Tensor:
         model, device = self._network.stateless.model, self._network.stateless.device
         generator = None if self._seed is None else torch.Generator().manual_seed(self._seed)
-        total = 0
+        total, terms = 0, cast("Tensor | float", 0)
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))  # whose tensors cannot be differentiated by
             stack.enter_context(torch.enable_grad())
@@ -181,9 +185,9 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
                 for start in range(0, len(rows), step):
                     part = slice(start, start + step)
                     self._add(result[part], product(self._split(rows[part])), self._batch_factor(size))
-                total += size
+                total, terms = total + size, terms + self._num_terms(size)
             self._count(total)
-            return result.div_(total)
+            return result.div_(terms.to(result) if isinstance(terms, Tensor) else terms)
 
     def _rows_at_once(self, count: int, weights: Mapping[str, Tensor], inputs: Any, targets: Tensor) -> int:
         if count <= 1 or self._chunk_size is not None:

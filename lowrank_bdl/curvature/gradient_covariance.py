@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lowrank_bdl.curvature.loss_gradients import BatchNormMode, LossFn, LossGradients, Reduction
+from lowrank_bdl.curvature.loss_gradients import BatchNormMode, LossGradients
 from lowrank_bdl.errors import NonFiniteError, ShapeError, StaleError
 from lowrank_bdl.linalg.devices import sum_in_float64, sums_device, to_float64
 from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
@@ -23,6 +23,7 @@ from lowrank_bdl.linalg.moments import StreamingMoments, first_unusable
 from lowrank_bdl.linalg.ring_buffer import DeviationBuffer
 from lowrank_bdl.parameters.batches import CallFn, TargetFn
 from lowrank_bdl.parameters.layout import ParameterLayout
+from lowrank_bdl.parameters.loss_terms import LossFn, Reduction
 from lowrank_bdl.parameters.memory_estimates import estimate_memory
 from lowrank_bdl.parameters.selection import Selector
 

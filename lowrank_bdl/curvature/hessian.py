@@ -36,6 +36,9 @@ class HessianLinearOperator(LossCurvatureLinearOperator):
         call_fn: ``call_fn(model, batch)`` gives the outputs; None calls ``model(x)``, or
             ``model(**entries).logits`` on a mapping without its targets.
         target_fn: ``target_fn(batch)`` gives the targets; None takes y, or a mapping's ``labels`` or ``targets``.
+        num_terms: ``num_terms(outputs, targets)`` gives what the mean of a batch divides by, so that the mean over all
+            data does not depend on the batches. None asks torch's own losses (class weights, ``ignore_index``), and
+            takes the number of examples for all others, which ``check`` looks at. See `LossTerms`.
 
     Raises:
         ShapeError: If no parameter is selected, the batches have no targets, or the loss is no scalar or does

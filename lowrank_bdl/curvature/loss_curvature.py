@@ -1,11 +1,13 @@
 """What curvature matrices of a loss function have in common; the Fisher matrix has a likelihood instead."""
 
+import torch
 from torch import Tensor, nn
 
 from lowrank_bdl.curvature.curvature_operator import CurvatureLinearOperator
-from lowrank_bdl.curvature.loss_gradients import BatchNormMode, LossFn, Reduction, check_modes, scalar_loss
+from lowrank_bdl.curvature.loss_gradients import BatchNormMode, check_modes
 from lowrank_bdl.parameters.batches import CallFn, Data, TargetFn
 from lowrank_bdl.parameters.layout import ParameterLayout
+from lowrank_bdl.parameters.loss_terms import LossFn, LossTerms, NumTerms, Reduction
 from lowrank_bdl.parameters.selection import Selector
 
 
@@ -27,6 +29,7 @@ class LossCurvatureLinearOperator(CurvatureLinearOperator):
         chunk_size: int | None = None,
         call_fn: CallFn | None = None,
         target_fn: TargetFn | None = None,
+        num_terms: NumTerms | None = None,
     ) -> None:
         check_modes(reduction, bn_mode)
         super().__init__(
@@ -40,13 +43,23 @@ class LossCurvatureLinearOperator(CurvatureLinearOperator):
             call_fn=call_fn,
             target_fn=target_fn,
         )
-        self._loss_fn = loss_fn
-        self._reduction: Reduction = reduction
+        self._terms = LossTerms(loss_fn, reduction, num_terms)
+        self._last_number: Tensor | float = 0
+        self._unchecked = check
         if check:
             self._run_check()
 
     def _batch_factor(self, size: int) -> float:
-        return float(size) if self._reduction == "mean" else 1.0
+        return 1.0  # the loss is the sum of the batch's terms
+
+    def _num_terms(self, size: int) -> "Tensor | float":
+        return self._last_number
 
     def _loss(self, outputs: object, targets: Tensor) -> Tensor:
-        return scalar_loss(self._loss_fn, outputs, targets, self._reduction)
+        """Return the sum of a batch's terms; their number is kept for :meth:`_num_terms`."""
+        if self._unchecked and len(targets) > 1:
+            self._unchecked = False
+            with torch.no_grad():
+                self._terms.check(outputs, targets)
+        self._last_number = self._terms.number(outputs, targets)
+        return self._terms.total(outputs, targets)

@@ -1,6 +1,6 @@
 """Gradients of a loss at the present weights: of a mini-batch's mean, or of each of its examples."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
@@ -13,9 +13,8 @@ from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.parameters.batches import CallFn, TargetFn, joined, split_batch
 from lowrank_bdl.parameters.functional import StatelessModel, evaluation_mode
 from lowrank_bdl.parameters.layout import ParameterLayout
+from lowrank_bdl.parameters.loss_terms import LossFn, Reduction, scalar_loss
 
-LossFn: TypeAlias = Callable[[Any, Any], Tensor]
-Reduction: TypeAlias = Literal["mean", "sum"]
 BatchNormMode: TypeAlias = Literal["eval", "train"]
 
 
@@ -48,23 +47,6 @@ def check_modes(reduction: str, bn_mode: str) -> None:
     for name, value, known in (("reduction", reduction, ("mean", "sum")), ("bn_mode", bn_mode, ("eval", "train"))):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
-
-
-def scalar_loss(loss_fn: LossFn, outputs: Any, targets: Tensor, reduction: Reduction) -> Tensor:
-    """Return ``loss_fn(outputs, targets)``; raises ShapeError unless it takes such outputs and gives a scalar."""
-    try:
-        loss = loss_fn(outputs, targets)
-    except (TypeError, AttributeError) as error:
-        if isinstance(outputs, Tensor):
-            raise
-        raise ShapeError(
-            f"loss_fn must take what the network returns; got {type(outputs).__name__}. "
-            "Pass call_fn to pick the tensor."
-        ) from error
-    if not isinstance(loss, Tensor) or loss.ndim != 0:
-        form = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ShapeError(f"loss_fn must return a scalar tensor, the {reduction} over the batch; got {form}.")
-    return loss
 
 
 class LossGradients:

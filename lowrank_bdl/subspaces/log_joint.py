@@ -11,11 +11,8 @@ from tqdm import tqdm
 from lowrank_bdl.curvature.backward import differentiable_kernels
 from lowrank_bdl.curvature.loss_gradients import (
     BatchNormMode,
-    LossFn,
-    Reduction,
     batch_norm_mode,
     check_modes,
-    scalar_loss,
 )
 from lowrank_bdl.errors import LowRankBDLError, ShapeError
 from lowrank_bdl.linalg.devices import sums_device, to_float64
@@ -31,6 +28,7 @@ from lowrank_bdl.parameters.likelihoods import (
     check_deferred,
     resolve_likelihood,
 )
+from lowrank_bdl.parameters.loss_terms import LossFn, LossTerms, NumTerms, Reduction
 
 _MOST_PRODUCTS = 3_000_000  # a network and batch; evaluating together gains nothing above it, measured for predict
 _NUMBERS_AT_ONCE = 1 << 22  # of the widest layer, over all networks that are evaluated together
@@ -139,7 +137,10 @@ class LogJoint:
             augmentation.
         noise_variance: For ``"gaussian"``: the known noise variance [unit of y, squared]; None: the network gives it.
         loss_fn: In place of a likelihood: ``loss_fn(outputs, targets)`` gives a scalar, the negative log-likelihood.
-        reduction: Whether that is the ``"mean"`` over a batch, which is multiplied by its size, or the ``"sum"``.
+        reduction: Whether that is the ``"mean"`` over a batch or the ``"sum"``. The log-likelihood is the mean over all
+            data times the number of examples, those that the loss ignores left out, however the data are batched.
+        num_terms: What a mean divides by, ``num_terms(outputs, targets)``; None asks torch's own losses, and takes
+            the number of examples for others. See `LossTerms`.
         temperature: T > 0; above 1 the data count for less.
         prior_std: s > 0, of every coordinate.
         call_fn: ``call_fn(model, batch)`` gives the outputs; None calls ``model(x)``, or
@@ -194,6 +195,7 @@ class LogJoint:
         noise_variance: "float | Tensor | None" = None,
         loss_fn: "LossFn | None" = None,
         reduction: Reduction = "mean",
+        num_terms: NumTerms | None = None,
         temperature: float = 1.0,
         prior_std: float = 1.0,
         call_fn: CallFn | None = None,
@@ -221,7 +223,8 @@ class LogJoint:
         self.temperature, self.prior_std = float(temperature), float(prior_std)
         self.num_evaluations = 0
         self._likelihood = None if likelihood is None else resolve_likelihood(likelihood, noise_variance)
-        self._loss_fn, self._reduction = loss_fn, reduction
+        self._terms = None if loss_fn is None else LossTerms(loss_fn, reduction, num_terms)
+        self._last: tuple[Tensor | float, Tensor | int] = (1.0, 1)  # terms and examples of the last batch
         self._network = FunctionalModel(model, subspace.layout, call_fn)
         self._data = fixed_batches(data)
         self._target_fn = target_fn
@@ -408,6 +411,7 @@ class LogJoint:
         totals = torch.zeros(len(thetas), dtype=torch.float64, device=sums_device(device or thetas.device))
         gradients = torch.zeros_like(thetas) if needs_gradient else None
         num_data = num_batches = 0
+        counts: list[tuple[Tensor | float, Tensor | int]] = []
         going = list(range(len(thetas)))
         self._deferred.clear()
         bar = tqdm(batches, "log-likelihood", unit="batch", leave=False, disable=not self._progress)
@@ -424,6 +428,7 @@ class LogJoint:
                     if gradients is not None:
                         (slope,) = torch.autograd.grad(values.sum(), leaves)
                         gradients[rows] += slope
+                counts.append(self._last)
                 if limits is not None:
                     above = (totals / self.temperature > limits).tolist()
                     going = [row for row in going if above[row]]
@@ -434,6 +439,11 @@ class LogJoint:
             raise ShapeError("data must give at least one batch; got none.")
         if batches is self._data and going:
             self._num_data = num_data
+        if self._terms is not None:
+            factor = self._examples_a_term(counts, totals)
+            totals *= factor
+            if gradients is not None:
+                gradients *= factor.to(gradients)
         return totals, gradients
 
     def _statistics(self, thetas: Tensor) -> Mapping[str, Tensor]:
@@ -461,6 +471,7 @@ class LogJoint:
         sums = sums_device(device or thetas.device)
         self._deferred.clear()
         total, read = torch.zeros(len(thetas), dtype=torch.float64, device=sums), False
+        counts: list[tuple[Tensor | float, Tensor | int]] = []
         with batch_norm_mode(model, self._bn_mode), differentiable_kernels():
             for batch in batches:
                 inputs, targets, size = split_batch(batch, device, self._target_fn)
@@ -468,12 +479,19 @@ class LogJoint:
                 pieces = ((thetas[rows], {name: value[rows] for name, value in buffers.items()}) for rows in groups)
                 total = total + torch.cat([self._together(part, (inputs, targets), own) for part, own in pieces])
                 read = True
+                counts.append(self._last)
         if not transformed():
             check_deferred(self._deferred)
         self._deferred.clear()
         if not read:
             raise ShapeError("data must give at least one batch; got none.")
-        return total
+        return total if self._terms is None else total * self._examples_a_term(counts, total)
+
+    @staticmethod
+    def _examples_a_term(counts: "Sequence[tuple[Tensor | float, Tensor | int]]", like: Tensor) -> Tensor:
+        """Number of examples over that of terms, of all batches: their sum of terms becomes a mean times N."""
+        terms, examples = (sum(torch.as_tensor(one).to(like) for one in each) for each in zip(*counts, strict=True))
+        return torch.as_tensor(examples / terms)
 
     def _chunk(self, number: int, rows: int) -> int:
         """How many of a number of networks to evaluate together on a batch of some rows."""
@@ -502,9 +520,9 @@ class LogJoint:
         """Log-likelihood of one batch at one weight vector, float64."""
         outputs = self._network(theta, joined(*batch), buffers)
         targets = batch[1]
-        if self._loss_fn is not None:
-            loss = to_float64(scalar_loss(self._loss_fn, outputs, targets, self._reduction))
-            return -loss * (len(targets) if self._reduction == "mean" else 1)
+        if self._terms is not None:
+            self._last = self._terms.number(outputs, targets), self._terms.examples(targets)
+            return -to_float64(self._terms.total(outputs, targets))
         assert self._likelihood is not None
         distribution = self._likelihood(outputs)
         return to_float64(distribution.log_prob(align_targets(distribution, targets, self._deferred))).sum()

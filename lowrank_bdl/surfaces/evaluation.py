@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from typing_extensions import Unpack
 
-from lowrank_bdl.curvature.loss_gradients import LossFn, Reduction, check_modes, scalar_loss
+from lowrank_bdl.curvature.loss_gradients import check_modes
 from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.linalg.devices import norm_in_float64, sums_device, to_float64
 from lowrank_bdl.parameters.batch_norm import recalibrate_batch_norm
 from lowrank_bdl.parameters.batches import CallFn, Data, TargetFn, fixed_batches, joined, split_batch, targets_of
 from lowrank_bdl.parameters.functional import FunctionalModel, evaluation_mode, is_plain_perceptron
 from lowrank_bdl.parameters.layout import ParameterLayout
+from lowrank_bdl.parameters.loss_terms import LossFn, LossTerms, NumTerms, Reduction
 from lowrank_bdl.parameters.sampled_network import SampledNetwork
 
 _WEIGHTS_AT_ONCE = 1 << 24  # numbers in the weight vectors that one pass over the data serves
@@ -92,6 +93,7 @@ class EvaluationOptions(TypedDict, total=False):
     layout: ParameterLayout | None
     accuracy: bool
     reduction: Reduction
+    num_terms: NumTerms | None
     call_fn: CallFn | None
     target_fn: TargetFn | None
     bn_loader: Iterable[Any] | None
@@ -137,6 +139,7 @@ def evaluate_points(
     layout: ParameterLayout | None = None,
     accuracy: bool = True,
     reduction: Reduction = "mean",
+    num_terms: NumTerms | None = None,
     call_fn: CallFn | None = None,
     target_fn: TargetFn | None = None,
     bn_loader: Iterable[Any] | None = None,
@@ -169,6 +172,8 @@ def evaluate_points(
         accuracy: Also count the targets that have the largest output: outputs ``(N, C, *positions)``, targets class
             indices ``(N, *positions)``. Pass False for regression.
         reduction: Whether ``loss_fn`` gives the ``"mean"`` over a batch or the ``"sum"``.
+        num_terms: What a mean divides by, ``num_terms(outputs, targets)``; None asks torch's own losses, and takes
+            the number of examples for others. See `LossTerms`.
         call_fn: ``call_fn(model, batch)`` gives the outputs; None calls ``model(x)``, or
             ``model(**entries).logits`` on a mapping without its targets.
         target_fn: ``target_fn(batch)`` gives the targets; None takes y, or a mapping's ``labels`` or ``targets``.
@@ -205,6 +210,7 @@ def evaluate_points(
         tensor([0., 1., 4.], dtype=torch.float64)
     """
     check_modes(reduction, "eval")
+    terms = LossTerms(loss_fn, reduction, num_terms)
     if points_per_pass is not None and points_per_pass < 1:
         raise ValueError(f"points_per_pass must be at least 1; got {points_per_pass}.")
     if isinstance(bn_loader, Iterator):
@@ -236,7 +242,7 @@ def evaluate_points(
             for name, batches in sets.items():
                 sampled = SampledNetwork(network, usable, vectorize=vectorize, plain=plain)
                 sampled.set_buffers(buffers)
-                loss, right = _means(sampled, network, batches, len(rows), loss_fn, reduction, accuracy, target_fn)
+                loss, right = _means(sampled, network, batches, len(rows), terms, accuracy, target_fn)
                 found, place = values[name], values[name].loss.device
                 at = part.to(place)
                 usable_at = at[rows.to(place)]
@@ -329,8 +335,7 @@ def _means(
     network: FunctionalModel,
     batches: Iterable[Any],
     number: int,
-    loss_fn: LossFn,
-    reduction: Reduction,
+    terms: LossTerms,
     accuracy: bool,
     target_fn: TargetFn | None,
 ) -> tuple[Tensor, Tensor]:
@@ -338,24 +343,33 @@ def _means(
     device = network.stateless.device
     totals = torch.zeros(number, dtype=torch.float64, device=None if device is None else sums_device(device))
     correct = torch.zeros_like(totals)
-    num_data = num_targets = 0
+    num_data, num_terms, num_targets = 0, torch.zeros_like(totals), torch.zeros_like(totals[:1])
     if number == 0:
         return totals, correct
     for count, batch in enumerate(batches):
         inputs, targets, size = split_batch(batch, device, target_fn)
-        num_data, num_targets = num_data + size, num_targets + targets.numel()
+        num_data += size
+        counted = _counted(targets, terms.ignore_index) if accuracy else None
+        if counted is not None:
+            num_targets += counted.sum().to(num_targets.device)
         for row, outputs in enumerate(sampled.outputs(count, joined(inputs, targets))):
-            loss = to_float64(scalar_loss(loss_fn, outputs, targets, reduction))
-            totals[row] += loss * size if reduction == "mean" else loss
-            if accuracy:
-                correct[row] += _num_correct(outputs, targets).to(correct.device)
+            totals[row] += to_float64(terms.total(outputs, targets))
+            num_terms[row] += terms.number(outputs, targets)
+            if counted is not None:
+                correct[row] += _num_correct(outputs, targets, counted).to(correct.device)
     if num_data == 0:
         raise ShapeError("data must give at least one batch; got none.")
-    loss = totals / num_data
+    loss = totals / num_terms
     return torch.where(loss.isnan(), torch.inf, loss), correct / num_targets
 
 
-def _num_correct(outputs: Any, targets: Tensor) -> Tensor:
+def _counted(targets: Tensor, ignore_index: "int | None") -> Tensor:
+    """Which targets are classes: not the one that the loss ignores, nor negative ones."""
+    counted = targets >= 0
+    return counted if ignore_index is None else counted & (targets != ignore_index)
+
+
+def _num_correct(outputs: Any, targets: Tensor, counted: Tensor) -> Tensor:
     fits = isinstance(outputs, Tensor) and outputs.ndim > 1 and outputs[:, 0].shape == targets.shape
     if not fits or targets.is_floating_point():
         form = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
@@ -364,5 +378,5 @@ def _num_correct(outputs: Any, targets: Tensor) -> Tensor:
             f"got {form} and {targets.dtype} of shape {tuple(targets.shape)}. Pass accuracy=False for regression."
         )
     best, classes = outputs.max(1)
-    right: Tensor = (classes == targets) & best.isfinite()
+    right: Tensor = (classes == targets) & best.isfinite() & counted
     return right.sum()

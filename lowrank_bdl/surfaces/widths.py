@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from lowrank_bdl.curvature.loss_gradients import LossFn
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.linalg.dense_basis import DenseBasis
 from lowrank_bdl.linalg.devices import generator_on, norm_in_float64, sums_device, to_float64
 from lowrank_bdl.linalg.principal_components import low_rank_components
 from lowrank_bdl.parameters.batches import Data
 from lowrank_bdl.parameters.layout import ParameterLayout
+from lowrank_bdl.parameters.loss_terms import LossFn
 from lowrank_bdl.posteriors.gaussian import GaussianPosterior
 from lowrank_bdl.surfaces.affine import orthonormal
 from lowrank_bdl.surfaces.evaluation import EvaluationOptions, PointValues, evaluate_points
