@@ -10,12 +10,15 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, Distribution, Independent, Normal
+from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
 from torch.nn.functional import softplus
 
 from lowrank_bdl.errors import ShapeError
 
 Likelihood: TypeAlias = Callable[[Any], Distribution]
+
+IGNORED = -100
+"""The class of targets that count nowhere, torch's own default of ``ignore_index``."""
 
 
 def _at_least_single(tensor: Tensor) -> Tensor:
@@ -56,9 +59,37 @@ class CategoricalLikelihood:
         if logits.ndim < 2 or logits.shape[1] < 2:
             raise ShapeError(
                 "Logits must have shape (N, C) or (N, C, *positions) with at least 2 classes; "
-                f"got {tuple(logits.shape)}. For one logit pass likelihood=lambda f: Bernoulli(logits=f.squeeze(1))."
+                f"got {tuple(logits.shape)}. For one logit pass likelihood='bernoulli'."
             )
         return Categorical(logits=logits.movedim(1, -1), validate_args=False)
+
+
+@dataclass(frozen=True)
+class BernoulliLikelihood:
+    r"""Yes or no, once or for several labels: :math:`p(y_i = 1 \mid f) = 1 / (1 + e^{-f_i})`, independently.
+
+    Example:
+        >>> BernoulliLikelihood()(torch.zeros(2, 3)).log_prob(torch.ones(2, 3))  # -3 log 2
+        tensor([-2.0794, -2.0794])
+    """
+
+    def __call__(self, outputs: Any) -> Distribution:
+        """Give the distribution of the labels.
+
+        Args:
+            outputs: One logit for each label, shape ``(N, *S)``; ``(N,)`` is taken as ``(N, 1)``.
+
+        Returns:
+            Independent Bernoulli distributions of batch shape ``(N,)``; targets are 0 or 1, or probabilities.
+
+        Raises:
+            ShapeError: If the outputs are not a floating-point tensor with at least one axis.
+        """
+        logits = _at_least_single(_require_tensor(outputs, "logits of shape (N, *labels)"))
+        if logits.ndim == 0:
+            raise ShapeError("Logits must have shape (N, *labels); got a number without axes.")
+        logits = logits.unsqueeze(1) if logits.ndim == 1 else logits
+        return Independent(Bernoulli(logits=logits, validate_args=False), logits.ndim - 1, validate_args=False)
 
 
 @dataclass(frozen=True)
@@ -138,7 +169,7 @@ def resolve_likelihood(likelihood: "str | Likelihood", noise_variance: "float | 
     """Turn what a user writes into a likelihood.
 
     Args:
-        likelihood: ``"categorical"``, ``"gaussian"``, or a callable from outputs to a distribution.
+        likelihood: ``"categorical"``, ``"bernoulli"``, ``"gaussian"``, or a callable from outputs to a distribution.
         noise_variance: For ``"gaussian"`` only.
 
     Returns:
@@ -157,9 +188,11 @@ def resolve_likelihood(likelihood: "str | Likelihood", noise_variance: "float | 
         raise ValueError(f"noise_variance goes with likelihood='gaussian'; got likelihood={likelihood!r}.")
     if likelihood == "categorical":
         return CategoricalLikelihood()
+    if likelihood == "bernoulli":
+        return BernoulliLikelihood()
     if isinstance(likelihood, str) or not callable(likelihood):
         raise ValueError(
-            f"likelihood must be 'categorical', 'gaussian' or a callable from outputs to a distribution; "
+            f"likelihood must be 'categorical', 'bernoulli', 'gaussian' or a callable from outputs to a distribution; "
             f"got {likelihood!r}."
         )
     return likelihood
@@ -208,6 +241,12 @@ def align_targets(distribution: Distribution, targets: Tensor, deferred: list[Te
         targets = targets.unsqueeze(-1)
     if targets.shape != shape:
         raise ShapeError(f"Targets must have the shape of the prediction, {tuple(shape)}; got {tuple(targets.shape)}.")
+    if isinstance(base, Bernoulli) and targets.device.type == "cpu":
+        if not bool(((targets >= 0) & (targets <= 1)).all()):
+            raise ShapeError(
+                f"Targets of a Bernoulli distribution must be in [0, 1]; "
+                f"got values from {targets.min().item()} to {targets.max().item()}."
+            )
     return targets.to(distribution.mean.dtype)
 
 

@@ -11,7 +11,7 @@ from torch.distributions import Bernoulli, Categorical, Distribution, Normal
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.linalg.devices import sums_device, to_float64
-from lowrank_bdl.parameters.likelihoods import align_targets, base_distribution
+from lowrank_bdl.parameters.likelihoods import IGNORED, align_targets, base_distribution
 from lowrank_bdl.prediction.predictive import Predictive
 
 Parts: TypeAlias = "dict[str, Tensor | None]"  # the fields of Predictive for one batch
@@ -63,6 +63,7 @@ class BatchAverage:
         self._number = number
         self._targets = targets
         self._keep = keep
+        self._counted: Tensor | None = None  # which classes are not ignored
         self._count = 0
         self._unusable: list[Tensor] = []
         self._entropies: list[Tensor | None] = []
@@ -99,7 +100,8 @@ class BatchAverage:
         entropy = self._per_example(_entropy(self._kind, exact, variance))
         self._entropies.append(_own_entropy(distribution) if entropy is None else entropy)
         if self._targets is not None:
-            self._log_likelihoods.append(distribution.log_prob(self._targets))
+            values = distribution.log_prob(self._targets)
+            self._log_likelihoods.append(values if self._counted is None else values.where(self._counted, 0.0))
         if self._keep:
             self._means.append(mean)
         self._unusable.append(unusable)
@@ -115,7 +117,12 @@ class BatchAverage:
             self._sum_sq = torch.zeros_like(self._mean)
             self._variance = torch.zeros_like(self._mean)
         if self._targets is not None:
-            self._targets = align_targets(distribution, self._targets)
+            targets = self._targets
+            integer = not targets.is_floating_point() and not targets.is_complex()
+            if isinstance(distribution, Categorical) and integer:  # of several together, none can be left out
+                self._counted = targets != IGNORED
+                targets = targets.where(self._counted, 0)
+            self._targets = align_targets(distribution, targets)
 
     def _per_example(self, entropy: Tensor | None) -> Tensor | None:
         if entropy is None or entropy.ndim == self._batch_ndim:
@@ -154,7 +161,9 @@ class BatchAverage:
         } | {
             "sample_log_likelihood": torch.stack(self._log_likelihoods) if self._log_likelihoods else None,
             "sample_means": torch.stack(self._means) if self._means else None,
-            "targets": self._targets,
+            "targets": self._targets
+            if self._counted is None or self._targets is None
+            else self._targets.where(self._counted, IGNORED),
         }
 
 

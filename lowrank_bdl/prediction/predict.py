@@ -82,7 +82,8 @@ def predict(
             rounding); ``"auto"`` does so where it was measured to be faster: small networks of linear layers on a CPU,
             whose time goes into starting operations. Convolutions are slower that way on a CPU.
         chunk_size: How many weight vectors at once; None goes by the size of the network's largest layer.
-        likelihood: ``"categorical"`` (outputs are logits ``(N, C)``), ``"gaussian"`` (see
+        likelihood: ``"categorical"`` (outputs are logits ``(N, C)``; targets of -100 count in no metric),
+            ``"bernoulli"`` (a logit for each label, targets 0 or 1), ``"gaussian"`` (see
             :class:`~lowrank_bdl.parameters.likelihoods.GaussianLikelihood`), or a callable from the output to a
             ``torch.distributions`` object with one row an example.
         noise_variance: For ``"gaussian"``: the known noise variance [unit of y, squared]; None: the network gives it.
@@ -116,6 +117,9 @@ def predict(
     Source: Maddox et al., "A Simple Baseline for Bayesian Uncertainty in Deep Learning" (2019), algorithm 1; mutual
     information as in Houlsby et al., "Bayesian Active Learning for Classification and Preference Learning" (2011);
     dropout as in Gal and Ghahramani, "Dropout as a Bayesian approximation" (2016), eq. 6.
+
+    In distributed training every process predicts for the batches that its own loader gives: the metrics of what it
+    returns are of these alone. Gather log-likelihoods and targets, or give every process all data, for those of all.
 
     Example:
         >>> net = nn.Linear(1, 2, bias=False)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lowrank_bdl.errors import LowRankBDLError
 from lowrank_bdl.linalg.devices import sums_device, to_float64
+from lowrank_bdl.parameters.likelihoods import IGNORED
 from lowrank_bdl.prediction import metrics
 
 
@@ -26,8 +27,9 @@ class Predictive:
             variances, which is an upper bound: the mixture's own has no closed form.
         expected_entropy: Mean over samples of the entropy of p(y | x, θ_s), ``(N,)``.
         mutual_information: Between y and θ, entropy − expected entropy, ``(N,)``; for Gaussians an upper bound.
-        sample_log_likelihood: log p(y_n | x_n, θ_s), ``(S, N)``; None without labels.
-        targets: The labels ``(N,)`` or ``(N, k)``; None without labels.
+        sample_log_likelihood: log p(y_n | x_n, θ_s), ``(S, N)``, 0 for ignored classes; None without labels.
+        targets: The labels ``(N,)`` or ``(N, k)``; None without labels. Classes of -100 are ignored: they count in
+            no metric.
         sample_means: Class probabilities, or means, of every sample, ``(S, N, C)``; None unless asked for.
         num_samples: S.
     """
@@ -48,6 +50,18 @@ class Predictive:
             raise LowRankBDLError("This needs targets; the loader gave none.")
         return self.targets, self.sample_log_likelihood
 
+    def _counted_log_likelihood(self, values: Tensor) -> Tensor:
+        """Return the mean over the last axis of log-likelihoods, 0 where ignored, of the targets that count."""
+        targets, per_sample = self._labelled()
+        if self.epistemic_variance is not None or targets.shape != per_sample.shape[1:]:
+            return values.mean(-1)
+        return values.sum(-1) / (targets != IGNORED).sum().to(values.device)
+
+    def _counted_classes(self) -> tuple[Tensor, Tensor]:
+        probabilities, targets = self.class_probabilities, self._labelled()[0]
+        counted = targets != IGNORED
+        return probabilities[counted], targets[counted]
+
     @property
     def variance(self) -> Tensor:
         """Variance of p(y | x), exact for the mixture: aleatoric plus epistemic, ``(N, k)`` [unit of y, squared]."""
@@ -65,7 +79,7 @@ class Predictive:
     @property
     def nll(self) -> float:
         """Mean negative log-likelihood of the mixture per example [nats]."""
-        return -to_float64(self.log_likelihood).mean().item()
+        return -self._counted_log_likelihood(to_float64(self.log_likelihood).flatten()).item()
 
     @property
     def nll_by_num_samples(self) -> Tensor:
@@ -73,7 +87,7 @@ class Predictive:
         _, per_sample = self._labelled()
         sizes = torch.arange(1, self.num_samples + 1, dtype=torch.float64, device=sums_device(per_sample.device))
         mixtures = to_float64(per_sample).flatten(1).logcumsumexp(0) - sizes.log().unsqueeze(-1)
-        return -mixtures.mean(1)
+        return -self._counted_log_likelihood(mixtures)
 
     @property
     def class_probabilities(self) -> Tensor:
@@ -90,12 +104,12 @@ class Predictive:
     @property
     def accuracy(self) -> float:
         """Fraction of examples whose most probable class is the target."""
-        return metrics.accuracy(self.class_probabilities, self._labelled()[0])
+        return metrics.accuracy(*self._counted_classes())
 
     @property
     def brier(self) -> float:
         """Brier score, in [0, 2]; see :func:`~lowrank_bdl.prediction.metrics.brier`."""
-        return metrics.brier(self.class_probabilities, self._labelled()[0])
+        return metrics.brier(*self._counted_classes())
 
     def reliability_curve(self, num_bins: int = 15, binning: str = "width") -> metrics.ReliabilityCurve:
         """Confidence against accuracy, and its expected calibration error as ``.ece``.
@@ -110,4 +124,4 @@ class Predictive:
         Raises:
             LowRankBDLError: Without targets or class probabilities.
         """
-        return metrics.reliability_curve(self.class_probabilities, self._labelled()[0], num_bins, binning)
+        return metrics.reliability_curve(*self._counted_classes(), num_bins, binning)

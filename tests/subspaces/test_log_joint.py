@@ -326,7 +326,11 @@ def test_a_sampler_of_it_agrees_with_the_closed_form_posterior(generator: torch.
         ({"prior_std": math.inf}, ValueError, "prior_std must be positive and finite; got inf"),
         ({"likelihood": None}, ValueError, "exactly one of likelihood and loss_fn must be given; got neither"),
         ({"loss_fn": cross_entropy}, ValueError, "got likelihood='categorical' and a loss_fn"),
-        ({"likelihood": "poisson"}, ValueError, "likelihood must be 'categorical', 'gaussian' or a callable"),
+        (
+            {"likelihood": "poisson"},
+            ValueError,
+            "likelihood must be 'categorical', 'bernoulli', 'gaussian' or a callable",
+        ),
         ({"noise_variance": 1.0}, ValueError, "noise_variance goes with likelihood='gaussian'"),
         ({"bn_mode": "batch"}, ValueError, "bn_mode must be one of eval, train; got 'batch'"),
         ({"bn_mode": "train", "bn_loader": []}, ValueError, "has no use for a bn_loader"),
