@@ -45,6 +45,10 @@ class GradientCovariance:
     with N - 1 as divisor). Of older gradients only the variances are kept: beyond K + 1 gradients the off-diagonal part
     is K / T of its value on average; :attr:`recent_covariance` is unbiased in every entry.
 
+    Batches weigh by their numbers of examples, whatever ``loss_fn`` divides by: where class weights or ignored targets
+    make that another number, the mean of the gradients depends on how the data are cut into batches; pass the loss as a
+    sum (``reduction="sum"``), whose gradients are over the number of examples.
+
     Weight decay adds no noise and is no part of the gradients. Dropout is off. With ``bn_mode="train"`` a batch's
     gradient is not the mean of its examples' own; quantities for another batch size are then approximate.
 

@@ -329,7 +329,7 @@ def test_a_sampler_of_it_agrees_with_the_closed_form_posterior(generator: torch.
         (
             {"likelihood": "poisson"},
             ValueError,
-            "likelihood must be 'categorical', 'bernoulli', 'gaussian' or a callable",
+            "likelihood must be 'categorical', 'bernoulli', 'gaussian' or a",
         ),
         ({"noise_variance": 1.0}, ValueError, "noise_variance goes with likelihood='gaussian'"),
         ({"bn_mode": "batch"}, ValueError, "bn_mode must be one of eval, train; got 'batch'"),
