@@ -34,7 +34,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(build(compiler, cache_folder())))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None)
         logger.info("no compiled kernels, torch's are used: %s %s", error, (output or b"").decode(errors="replace"))
         return None
@@ -47,7 +47,11 @@ def find_compiler() -> str | None:
 
 
 def cache_folder() -> Path:
-    """Return ``$XDG_CACHE_HOME/lowrank_bdl``, by default in ``~/.cache``."""
+    """Return ``$XDG_CACHE_HOME/lowrank_bdl``, by default in ``~/.cache``.
+
+    Raises:
+        RuntimeError: If the user has no home: neither ``HOME`` nor an entry in the system's table of users.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowrank_bdl"
 
 

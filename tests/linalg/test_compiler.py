@@ -112,3 +112,16 @@ def test_a_large_matrix_compiles_and_agrees_with_torch(tmp_path):
     assert (used, without) == ("True", "False")
     assert float(ours) == pytest.approx(float(plain), abs=1e-3)
     assert len(list((tmp_path / "lowrank_bdl").iterdir())) == 1
+
+
+@needs_compiler
+def test_a_user_without_a_home(monkeypatch):
+    """Neither HOME nor an entry in the table of users, as in some containers: torch's kernels do the work."""
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv(compiler.SWITCH, raising=False)
+    monkeypatch.setattr(compiler.Path, "home", staticmethod(no_home))
+    assert compiler.library.__wrapped__() is None
