@@ -12,7 +12,7 @@ from lowrank_bdl.parameters.likelihoods import IGNORED
 from lowrank_bdl.prediction import metrics
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Predictive:
     r"""Predictions averaged over S weight samples, :math:`p(y \mid x) = \frac1S \sum_s p(y \mid x, \theta_s)`.
 
@@ -44,6 +44,16 @@ class Predictive:
     targets: Tensor | None
     sample_means: Tensor | None
     num_samples: int
+
+    def __repr__(self) -> str:
+        """Return three lines: what it holds, in shapes, and not the numbers themselves."""
+        kind = "class probabilities" if self.epistemic_variance is None else "numeric targets"
+        held = [name for name, value in vars(self).items() if isinstance(value, Tensor)]
+        return (
+            f"Predictive({kind}, num_samples={self.num_samples}, mean={tuple(self.mean.shape)} {self.mean.dtype},\n"
+            f"           targets={None if self.targets is None else tuple(self.targets.shape)}, {self.mean.device},\n"
+            f"           holds {', '.join(held)})"
+        )
 
     def _labelled(self) -> tuple[Tensor, Tensor]:
         if self.targets is None or self.sample_log_likelihood is None:

@@ -532,3 +532,14 @@ def test_batch_by_batch_is_the_same_prediction(dropout):
     assert start == len(whole.mean)
     with pytest.raises(ShapeError, match="at least one batch; got none"):
         next(predict_batches(model, posterior, [], bn_loader="stored", progress=False))
+
+
+def test_its_representation_is_three_lines_of_shapes():
+    """Not the numbers, which can be millions."""
+    torch.manual_seed(0)
+    network = nn.Linear(3, 2)
+    x, y = torch.randn(50, 3), torch.randint(2, (50,))
+    theta = torch.cat([p.detach().flatten() for p in network.parameters()])
+    text = repr(predict(network, theta, [(x, y)], progress=False))
+    assert len(text.splitlines()) == 3 and len(text) < 300
+    assert "mean=(50, 2) torch.float32" in text and "targets=(50,)" in text and "tensor(" not in text
