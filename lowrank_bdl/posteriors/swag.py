@@ -155,7 +155,8 @@ class SWAG(OwnTensors):
         The variance and the deviations are of the iterates that the new collector sees itself.
 
         Args:
-            averaged: An average with the default ``avg_fn`` (a running mean); its network is ``averaged.module``.
+            averaged: An equal average, with the default ``avg_fn`` or one that does the same; its network is
+                ``averaged.module``.
             rank: As in :class:`SWAG`, like the other arguments.
             include: See :class:`SWAG`; names without the wrapper's ``module.``.
             exclude: See :class:`SWAG`.
@@ -165,8 +166,10 @@ class SWAG(OwnTensors):
             correction: See :class:`SWAG`.
 
         Raises:
+            ValueError: If the average is not the equal one of its iterates, an exponential one say.
             NonFiniteError: If a weight of the average is not finite.
         """
+        _require_equal_average(averaged)
         options = {"include": include, "exclude": exclude, "deviation_dtype": deviation_dtype, "device": device}
         swag = cls(averaged.module, rank, centering=centering, correction=correction, **options)  # type: ignore[arg-type]
         prior_count = int(averaged.n_averaged)
@@ -394,6 +397,24 @@ class SWAG(OwnTensors):
             f"numel={self.layout.numel}, rank={self.rank}, n_averaged={self.n_averaged}, "
             f"centering={self.centering!r}, correction={self.correction}, deviation_dtype={self.storage.dtype}"
         )
+
+
+def _require_equal_average(averaged: AveragedModel) -> None:
+    """Refuse an average whose next value is not (n a + x) / (n + 1), by trying its function on numbers."""
+    for count in (1, 4):
+        average, value, number = torch.zeros(1), torch.ones(1), torch.tensor(count)
+        if averaged.multi_avg_fn is not None:
+            averaged.multi_avg_fn([average], [value], number)
+        elif averaged.avg_fn is not None:
+            average = averaged.avg_fn(average, value, number)
+        else:
+            return
+        weight = float(average)
+        if abs(weight * (count + 1) - 1) > 1e-3:
+            raise ValueError(
+                f"averaged must be an equal average, which gives iterate {count + 1} the weight {1 / (count + 1):g}; "
+                f"got one that gives it {weight:g}, as an exponential average does."
+            )
 
 
 def _digest(layout: ParameterLayout, wrapper: str = "") -> int:

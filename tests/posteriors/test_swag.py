@@ -6,7 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import (
+    AveragedModel,
+    get_ema_avg_fn,
+    get_ema_multi_avg_fn,
+    get_swa_avg_fn,
+    get_swa_multi_avg_fn,
+)
 
 from lowrank_bdl.errors import MemoryLimitError, NonFiniteError, ShapeError, StaleError
 from lowrank_bdl.linalg import memory
@@ -507,3 +513,36 @@ def test_too_large_a_collector_is_refused_before_it_is_allocated(monkeypatch):
 def test_repr_says_what_was_collected():
     swag, _ = collected(4)
     assert "numel=13, rank=5, n_averaged=4, centering='running'" in repr(swag)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"avg_fn": get_ema_avg_fn(0.9)},
+        {"multi_avg_fn": get_ema_multi_avg_fn(0.999)},
+        {"avg_fn": get_ema_avg_fn(0.5)},  # its second weight is that of an equal average
+        {"avg_fn": lambda average, value, number: value},
+    ],
+)
+def test_no_average_but_an_equal_one_is_continued(options):
+    """The weight of the next iterate tells: exponential averages and homemade functions are refused by it."""
+    averaged = AveragedModel(network(), **options)
+    averaged.update_parameters(network())
+    with pytest.raises(ValueError, match="must be an equal average, which gives iterate"):
+        SWAG.from_averaged_model(averaged)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"avg_fn": get_swa_avg_fn()},
+        {"multi_avg_fn": get_swa_multi_avg_fn()},
+        {"avg_fn": lambda average, value, number: (average * number + value) / (number + 1)},
+    ],
+)
+def test_an_equal_average_by_another_name(options):
+    """Functions that do what the default does are continued."""
+    averaged = AveragedModel(network(), **options)
+    for _ in range(2):
+        averaged.update_parameters(network())
+    assert SWAG.from_averaged_model(averaged).n_averaged == 2
