@@ -253,14 +253,16 @@ class GaussianPosterior(StoredPosterior, kind="gaussian posterior"):
         scale: float = 0.5,
         negative_variance: str = "error",
         var_clamp: float = 1e-30,
+        max_num_models: int | None = None,
         prefix: str = "base.",
         include: "Selector | None" = None,
         exclude: "Selector | None" = None,
     ) -> "GaussianPosterior":
-        r"""Read a checkpoint of the swa_gaussian repository, keeping its own law.
+        r"""Read a checkpoint of the swa_gaussian repository, with the covariance that file defines.
 
-        :math:`\Sigma = \mathrm{scale} (\mathrm{diag}(v) + \tfrac{1}{\mathrm{rows} - 1} \sum d_k d_k^\top)` with the
-        population variance :math:`v = E[x^2] - E[x]^2` and all rows of the file, its zero row included.
+        :math:`\Sigma = \mathrm{scale} (\mathrm{diag}(v) + \tfrac{1}{K - 1} \sum d_k d_k^\top)` with the population
+        variance :math:`v = E[x^2] - E[x]^2`, all rows of the file, its zero row included, and K the ``max_num_models``
+        of the collector, also where it had seen fewer.
 
         Args:
             path: ``swag-<epoch>.pt`` ({epoch, state_dict}) or a bare state dict, read with ``weights_only=True``.
@@ -270,13 +272,16 @@ class GaussianPosterior(StoredPosterior, kind="gaussian posterior"):
                 raises every variance to at least ``var_clamp``, as the repository does; or ``"deviations"``, which
                 takes :math:`\sum d_k^2 / (\mathrm{rows} - 1)` there.
             var_clamp: The repository's floor [parameter²].
+            max_num_models: K. None takes the number of rows, which is K once more models were averaged than there are
+                rows; where there are as many, a warning in the log says that K may have been larger.
             prefix: Name of the network inside the file.
             include: Parameters to keep, by name; all that require a gradient if None.
             exclude: Parameters to leave out of these.
 
         Raises:
-            CheckpointError: If a tensor is missing or misshaped, the file has parameters that the model lacks, or a
-                variance is negative under ``negative_variance="error"`` (the message gives how many).
+            CheckpointError: If a tensor is missing or misshaped, the file has parameters that the model lacks, its rows
+                cannot come of ``max_num_models``, or a variance is negative under ``negative_variance="error"`` (the
+                message gives how many).
 
         Returns:
             The posterior; ``provenance["negative_variances"]`` says how many there were, ``"negative_variance"`` what
@@ -284,7 +289,14 @@ class GaussianPosterior(StoredPosterior, kind="gaussian posterior"):
         """
         _check_scale(scale)
         law = released_formats.read_swa_gaussian(
-            path, model, negative_variance, var_clamp, prefix=prefix, include=include, exclude=exclude
+            path,
+            model,
+            negative_variance,
+            var_clamp,
+            max_num_models=max_num_models,
+            prefix=prefix,
+            include=include,
+            exclude=exclude,
         )
         return cls._from_released(law, scale)
 
@@ -300,7 +312,7 @@ class GaussianPosterior(StoredPosterior, kind="gaussian posterior"):
         include: "Selector | None" = None,
         exclude: "Selector | None" = None,
     ) -> "GaussianPosterior":
-        """Read a checkpoint of the drbayes (or understandingbdl) repository, keeping its own law.
+        """Read a checkpoint of the drbayes (or understandingbdl) repository, with the covariance that file defines.
 
         As :meth:`from_swa_gaussian`, for the flat format: ``mean``, ``sq_mean``, ``n_models``,
         ``subspace.cov_mat_sqrt`` over all parameters of the network in the order of ``model.parameters()``.

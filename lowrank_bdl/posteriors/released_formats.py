@@ -2,8 +2,9 @@
 
 Two formats: wjmaddox/swa_gaussian keeps three buffers a parameter, wjmaddox/drbayes (and izmailovpavel/
 understandingbdl) keeps flat vectors. In both the variance is E[x²] − E[x]² in float32, negative wherever rounding
-exceeds it, and the divisor of the low-rank part is the number of rows minus one, the zero row of the first iterate
-included.
+exceeds it, and the zero row of the first iterate counts. The low-rank part is divided by the number of rows minus one
+in the second, and by max_num_models - 1 in the first, however few rows there are yet. No file of it holds that number,
+but one that averages more models than it has rows has as many rows as it may.
 """
 
 import logging
@@ -33,7 +34,7 @@ class ReleasedGaussian:
         mean: Shape ``(D,)`` [parameter].
         variance: Diagonal part, shape ``(D,)`` [parameter²].
         deviations: Shape ``(rows, D)`` [parameter].
-        divisor: Of the low-rank part: rows in the file − 1, at least 1.
+        divisor: Of the low-rank part, at least 1.
         layout: Names and shapes of the D coordinates.
         provenance: Facts for the posterior's record.
     """
@@ -52,6 +53,7 @@ def read_swa_gaussian(
     negative_variance: str,
     var_clamp: float,
     *,
+    max_num_models: int | None = None,
     prefix: str = "base.",
     include: "Selector | None" = None,
     exclude: "Selector | None" = None,
@@ -81,7 +83,35 @@ def read_swa_gaussian(
         if first in state:
             expected = (rows, where.stop - where.start)
             deviations[:, where] = _take(name, state, f"{prefix}{parameter}_cov_mat_sqrt", expected)
-    return _finish(name, "swa_gaussian", layout, mean, sq_mean, deviations, n_models, negative_variance, var_clamp)
+    window = _window(name, rows, n_models, max_num_models)
+    return _finish(
+        name, "swa_gaussian", layout, mean, sq_mean, deviations, n_models, negative_variance, var_clamp, window
+    )
+
+
+def _window(name: str, rows: int, n_models: int, max_num_models: int | None) -> int:
+    """Return how many rows the collector of a swa_gaussian file was made for, given or found out.
+
+    Raises:
+        CheckpointError: If the file cannot come from a collector of that many.
+    """
+    if max_num_models is not None:
+        full = rows == max_num_models or rows == 0
+        if not full and (rows > max_num_models or n_models > rows):
+            raise CheckpointError(
+                f"{name} holds {rows} deviations of {n_models} models, which max_num_models={max_num_models} cannot "
+                "give."
+            )
+        return max_num_models
+    if 0 < rows == n_models:
+        _log.warning(
+            "%s: all %d models have a row, so max_num_models, by which the released code divides, may be larger; "
+            "%d is assumed. Give max_num_models= if it was another.",
+            name,
+            n_models,
+            rows,
+        )
+    return rows
 
 
 def read_drbayes(
@@ -166,12 +196,13 @@ def _finish(
     n_models: int,
     negative_variance: str,
     var_clamp: float,
+    window: int | None = None,
 ) -> ReleasedGaussian:
     if negative_variance not in NEGATIVE_VARIANCE_RULES:
         rules = ", ".join(NEGATIVE_VARIANCE_RULES)
         raise ValueError(f"negative_variance must be one of {rules}; got {negative_variance!r}.")
     rows = deviations.shape[0]
-    divisor = max(rows - 1, 1)
+    divisor = max((rows if window is None else window) - 1, 1)
     variance = sq_mean - mean.square()  # as the file means it, cancellation included
     negative = variance < 0
     count = int(negative.sum())
@@ -185,7 +216,7 @@ def _finish(
     elif negative_variance == "deviations" and count:
         if rows < 2:
             raise CheckpointError(f'{name} holds {rows} deviations; negative_variance="deviations" needs at least 2.')
-        variance[negative] = deviations[:, negative].square().sum(0) / divisor
+        variance[negative] = deviations[:, negative].square().sum(0) / (rows - 1)
     if count:
         _log.warning("%s: %d of %d variances are negative; rule: %s", name, count, variance.numel(), negative_variance)
     provenance = {
@@ -193,6 +224,7 @@ def _finish(
         "n_averaged": n_models,
         "rank": rows,
         "rows": rows,
+        "divisor": divisor,
         "centering": "running",
         "correction": 0,
         "negative_variances": count,

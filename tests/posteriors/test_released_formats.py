@@ -290,3 +290,40 @@ def test_imported_posterior_is_saved_with_its_record(released, tmp_path):
     loaded = GaussianPosterior.load(tmp_path / "p.safetensors")
     assert loaded.provenance == posterior.provenance and loaded.provenance["source"] in FORMATS
     assert torch.equal(loaded.covariance.to_dense(), posterior.covariance.to_dense())
+
+
+@pytest.mark.parametrize(
+    ("count", "kept", "given"), [(10, 100, 100), (3, 4, 4), (4, 4, None), (11, 4, None), (11, 4, 4)]
+)
+def test_the_divisor_is_that_of_the_released_code(count, kept, given, tmp_path):
+    """It divides by max_num_models - 1 in every draw, however few of its rows are filled."""
+    model, thetas = network(), iterates(count)
+    swa_gaussian_file(tmp_path / "swag.pt", model, thetas, kept)
+    posterior = GaussianPosterior.from_swa_gaussian(
+        tmp_path / "swag.pt", model, negative_variance="clamp", max_num_models=given
+    )
+    mean, sq_mean, rows = released_moments(thetas.double(), kept)
+    expected = 0.5 * (torch.diag((sq_mean - mean**2).clamp(1e-30)) + rows.t() @ rows / (kept - 1))
+    torch.testing.assert_close(posterior.covariance.to_dense().double(), expected, rtol=1e-4, atol=1e-6)
+    assert posterior.provenance["divisor"] == kept - 1
+
+
+def test_an_unknown_window_is_said(tmp_path, caplog):
+    """As many rows as models: the collector may have been made for more."""
+    model = network()
+    swa_gaussian_file(tmp_path / "swag.pt", model, iterates(3), 3)
+    with caplog.at_level(logging.WARNING):
+        GaussianPosterior.from_swa_gaussian(tmp_path / "swag.pt", model, negative_variance="clamp")
+        assert "Give max_num_models= if it was another" in caplog.text
+        caplog.clear()
+        GaussianPosterior.from_swa_gaussian(tmp_path / "swag.pt", model, negative_variance="clamp", max_num_models=3)
+        assert "max_num_models" not in caplog.text
+
+
+@pytest.mark.parametrize(("count", "kept", "given"), [(6, 4, 3), (6, 4, 20)])
+def test_a_window_that_cannot_be(count, kept, given, tmp_path):
+    """More rows than it could have, or fewer although more models were averaged."""
+    model = network()
+    swa_gaussian_file(tmp_path / "swag.pt", model, iterates(count), kept)
+    with pytest.raises(CheckpointError, match=f"holds 4 deviations of 6 models, which max_num_models={given}"):
+        GaussianPosterior.from_swa_gaussian(tmp_path / "swag.pt", model, max_num_models=given)
