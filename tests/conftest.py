@@ -1,6 +1,7 @@
 """Hypothesis profiles, shared fixtures, and the order of the suite."""
 
 import os
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -49,3 +50,10 @@ def make_generator() -> Callable[..., torch.Generator]:
         return torch.Generator(device).manual_seed(seed)
 
     return make
+
+
+@pytest.fixture
+def terminal(capsys, monkeypatch):
+    """Return capsys, with a stderr that says it is a terminal, so that progress bars are drawn."""
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda stream: True)
+    return capsys

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "lowrank_bdl"
 LEVEL = {
     "errors": 0,
+    "progress": 0,
     "linalg": 1,
     "parameters": 2,
     "models": 2,

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lowrank_bdl.curvature.backward import Backward
 from lowrank_bdl.curvature.diagonal_fisher import (
@@ -27,6 +26,7 @@ from lowrank_bdl.parameters.batches import CallFn, TargetFn, joined, split_batch
 from lowrank_bdl.parameters.functional import FunctionalModel, evaluation_mode
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.wrappers import uncompiled
+from lowrank_bdl.progress import progress_bar
 
 _AGREEMENT = 1e-2
 """Relative difference from automatic differentiation above which a layer's rule is not trusted: far above rounding in
@@ -172,7 +172,9 @@ def fisher_sums(
     # a compiled network would not call the layers' hooks
     with evaluation_mode(model), uncompiled(), torch.inference_mode(False), torch.enable_grad():
         weights = {name: value.detach().clone().requires_grad_() for name, value in network.named(theta).items()}
-        for number, batch in enumerate(tqdm(loader, desc="Fisher information", unit="batch", disable=not progress)):
+        for number, batch in enumerate(
+            progress_bar(loader, description="Fisher information", unit="batch", show=progress)
+        ):
             inputs, targets, _ = split_batch(batch, network.stateless.device, target_fn)
             if sums is None:
                 trusted = _trusted(network, weights, layers, inputs)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
-from tqdm import tqdm
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.linalg.devices import sums_device, to_float64
@@ -26,6 +25,7 @@ from lowrank_bdl.parameters.functional import FunctionalModel, StatelessModel, e
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.norm_layers import LayerSelector, tracking_layers, warn_of_other_layers
 from lowrank_bdl.parameters.wrappers import named_buffers, uncompiled
+from lowrank_bdl.progress import progress_bar
 
 
 class _LayerStatistics:
@@ -145,7 +145,7 @@ def _pooled(
     current = [0]
     num_batches = 0
     with evaluation_mode(network.model), _observed(layers, current), uncompiled():
-        bar = tqdm(loader, "batch-norm statistics", limit, unit="batch", leave=False, disable=not progress)
+        bar = progress_bar(loader, "batch-norm statistics", total=limit, unit="batch", leave=False, show=progress)
         for batch in islice(bar, limit):
             num_batches += 1
             for current[0], parameters in enumerate(weights):

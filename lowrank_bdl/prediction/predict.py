@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.parameters.batch_norm import recalibrate_batch_norm
@@ -20,6 +19,7 @@ from lowrank_bdl.prediction.averaging import BatchAverage, join
 from lowrank_bdl.prediction.draws import SamplesWeights, require_samples, weight_vectors
 from lowrank_bdl.prediction.dropout import DropoutMasks
 from lowrank_bdl.prediction.predictive import Predictive
+from lowrank_bdl.progress import progress_bar
 
 
 @torch.no_grad()
@@ -213,7 +213,7 @@ def predict_batches(
         )
         sampled.set_buffers({name: value.repeat_interleave(repeats, 0) for name, value in buffers.items()})
     number = 0
-    for batch in tqdm(batches_of(loader), desc="predict", unit="batch", leave=False, disable=not progress):
+    for batch in progress_bar(batches_of(loader), description="predict", unit="batch", leave=False, show=progress):
         batch = to_device(batch, device) if device is not None else batch
         average = BatchAverage(number, target_fn(batch), keep_samples)
         with evaluation_mode(model), nullcontext() if masks is None else masks.switched_on():

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lowrank_bdl.errors import NonFiniteError
+from lowrank_bdl.progress import progress_bar
 from lowrank_bdl.subspaces.chains import require_counts
 
 
@@ -43,7 +43,7 @@ def ascend(
     optimizer = torch.optim.Adam(parameters, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     trace = []
-    with tqdm(desc=name, total=num_steps, unit="step", disable=not progress) as bar, torch.enable_grad():
+    with progress_bar(description=name, total=num_steps, unit="step", show=progress) as bar, torch.enable_grad():
         for step in range(num_steps):
             optimizer.zero_grad()
             value, reported = objective()

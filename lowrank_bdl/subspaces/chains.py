@@ -10,11 +10,11 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lowrank_bdl.errors import CheckpointError, NonFiniteError, ShapeError
 from lowrank_bdl.linalg.devices import generator_on, sums_device, to_float64
 from lowrank_bdl.linalg.files import read_tensors, write_tensors
+from lowrank_bdl.progress import progress_bar
 from lowrank_bdl.subspaces.draws import Draws
 from lowrank_bdl.subspaces.log_joint import Target
 
@@ -419,8 +419,8 @@ def run_chains(
     else:
         chains.begin()
     began -= chains.seconds
-    with tqdm(
-        desc=chains.kernel.name, total=chains.num_steps, initial=chains.step, unit="step", disable=not progress
+    with progress_bar(
+        description=chains.kernel.name, total=chains.num_steps, initial=chains.step, unit="step", show=progress
     ) as bar:
         while chains.step < chains.num_steps:
             chains.advance()

@@ -6,7 +6,6 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lowrank_bdl.curvature.backward import differentiable_kernels
 from lowrank_bdl.curvature.loss_gradients import (
@@ -29,6 +28,7 @@ from lowrank_bdl.parameters.likelihoods import (
     resolve_likelihood,
 )
 from lowrank_bdl.parameters.loss_terms import LossFn, LossTerms, NumTerms, Reduction
+from lowrank_bdl.progress import progress_bar
 
 _MOST_PRODUCTS = 3_000_000  # a network and batch; evaluating together gains nothing above it, measured for predict
 _NUMBERS_AT_ONCE = 1 << 22  # of the widest layer, over all networks that are evaluated together
@@ -414,7 +414,7 @@ class LogJoint:
         counts: list[tuple[Tensor | float, Tensor | int]] = []
         going = list(range(len(thetas)))
         self._deferred.clear()
-        bar = tqdm(batches, "log-likelihood", unit="batch", leave=False, disable=not self._progress)
+        bar = progress_bar(batches, "log-likelihood", unit="batch", leave=False, show=self._progress)
         with batch_norm_mode(model, self._bn_mode), torch.set_grad_enabled(needs_gradient):
             for batch in bar:
                 inputs, targets, size = split_batch(batch, device, self._target_fn)

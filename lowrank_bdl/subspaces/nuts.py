@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from lowrank_bdl.progress import progress_bar
 from lowrank_bdl.subspaces.chains import Chains, CountedTarget, Kernel, State, require_counts, run_chains
 from lowrank_bdl.subspaces.draws import Draws
 from lowrank_bdl.subspaces.log_joint import Target
@@ -64,7 +64,9 @@ class Nuts(Kernel):
     def start(self, z: Tensor, target: CountedTarget, generators: Sequence[torch.Generator]) -> State:
         """Warm up every chain."""
         ends, sizes, masses = [], [], []
-        with tqdm(desc="NUTS warm-up", total=len(z) * self.warm_up, unit="step", disable=not self.progress) as bar:
+        with progress_bar(
+            description="NUTS warm-up", total=len(z) * self.warm_up, unit="step", show=self.progress
+        ) as bar:
             for row, generator in zip(z, generators, strict=True):
                 with lent(generator):
                     sampler = self._sampler(row, target, self.warm_up, self.step_size, adapt=self.warm_up > 0)

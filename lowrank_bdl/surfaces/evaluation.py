@@ -6,7 +6,6 @@ from typing import Any, Literal, Protocol, TypedDict, cast, overload
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from typing_extensions import Unpack
 
 from lowrank_bdl.curvature.loss_gradients import check_modes
@@ -18,6 +17,7 @@ from lowrank_bdl.parameters.functional import FunctionalModel, evaluation_mode, 
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.loss_terms import LossFn, LossTerms, NumTerms, Reduction
 from lowrank_bdl.parameters.sampled_network import SampledNetwork
+from lowrank_bdl.progress import progress_bar
 
 _WEIGHTS_AT_ONCE = 1 << 24  # numbers in the weight vectors that one pass over the data serves
 _POINTS_A_PASS = 16  # reading the data is shared by so many; more would only make known values and the bar wait
@@ -228,7 +228,7 @@ def evaluate_points(
     todo = torch.stack([found.loss.isnan() for found in values.values()]).any(0).nonzero()[:, 0]
     plain = call_fn is None
     size = points_per_pass or _pass_size(network, plain and vectorize == "auto" and is_plain_perceptron(model))
-    bar = tqdm(total=len(points), initial=len(points) - len(todo), unit="point", leave=False, disable=not progress)
+    bar = progress_bar(total=len(points), initial=len(points) - len(todo), unit="point", leave=False, show=progress)
     with bar, evaluation_mode(model):
         for part in todo.to(points.device).split(size) if len(todo) else ():
             coordinates = points.detach()[part]

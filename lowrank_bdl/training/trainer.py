@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
@@ -12,10 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from lowrank_bdl.errors import CheckpointError, NonFiniteError, ShapeError
 from lowrank_bdl.linalg.devices import in_dtype, sums_device
+from lowrank_bdl.progress import progress_bar
 from lowrank_bdl.training import checkpoints, random_state
 from lowrank_bdl.training.collection import Collection
 from lowrank_bdl.training.losses import Loss, Metric, cross_entropy
@@ -129,13 +128,13 @@ class Trainer:
         num_batches = self._length(batches)
         size = count = 0
         self.model.train()
-        bar = tqdm(
+        bar = progress_bar(
             batches,
             total=num_batches,
-            desc=f"epoch {number}",
+            description=f"epoch {number}",
             unit="batch",
             leave=False,
-            disable=None if progress else True,
+            show=progress,
         )
         for count, (inputs, targets) in enumerate(bar, start=1):
             sums += self._step(self._place(inputs), self._place(targets)) * len(targets)
@@ -284,13 +283,12 @@ class Trainer:
         for name, interval in (("save_every", save_every), ("keep_every", keep_every)):
             if interval is not None and interval < 1:
                 raise ValueError(f"{name} must be at least 1 epoch; got {interval}.")
-        with tqdm(
+        with progress_bar(
             total=epochs,
             initial=min(self.epoch, epochs),
-            desc=description,
+            description=description,
             unit="epoch",
-            disable=not progress,
-            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file needs a line now and then, not a moving bar
+            show=progress,
         ) as bar:
             for record in self._epochs(data, epochs, progress):
                 if after_epoch is not None:

@@ -317,16 +317,16 @@ def test_data_are_moved_to_the_model(device):
         torch.testing.assert_close(value, expected[key].to(device), rtol=1e-10, atol=1e-12)
 
 
-def test_progress_bar_only_when_asked(capsys):
+def test_progress_bar_only_when_asked(terminal):
     model, _, thetas = problem()
     recalibrate_batch_norm(model, thetas, shifted_batches())
-    assert capsys.readouterr().err == ""
+    assert terminal.readouterr().err == ""
     recalibrate_batch_norm(model, thetas, shifted_batches(), progress=True)
-    shown = capsys.readouterr().err
+    shown = terminal.readouterr().err
     assert "batch-norm statistics:   0%" in shown and "0/5" in shown
     assert shown.endswith("\r") and "\n" not in shown  # nothing is left on the screen
     recalibrate_batch_norm(model, thetas, shifted_batches(), fraction=0.4, progress=True)
-    assert "0/2" in capsys.readouterr().err
+    assert "0/2" in terminal.readouterr().err
 
 
 class CountedBatches(CountedLoader):

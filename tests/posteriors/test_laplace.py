@@ -238,7 +238,7 @@ def test_sampled_labels_come_from_the_generator():
     assert not torch.equal(fit(0).fisher_diagonal, fit(1).fisher_diagonal)
 
 
-def test_progress_bar(capsys):
+def test_progress_bar(terminal):
     net, x, y = build("linear")
     DiagonalLaplace(net, labels="true").fit([(x, y)])
-    assert "Fisher information" in capsys.readouterr().err
+    assert "Fisher information" in terminal.readouterr().err

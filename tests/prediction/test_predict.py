@@ -419,12 +419,12 @@ def test_bad_input_is_refused():
         _ = run(model, posterior, loader).variance
 
 
-def test_progress_bars_can_be_switched_off(capsys):
+def test_progress_bars_can_be_switched_off(terminal):
     model, posterior, loader = conv_problem()
     run(model, posterior, loader, bn_loader=loader)
-    assert capsys.readouterr().err == ""
+    assert terminal.readouterr().err == ""
     run(model, posterior, loader, bn_loader=loader, progress=True)
-    shown = capsys.readouterr().err
+    shown = terminal.readouterr().err
     assert "batch-norm statistics:   0%" in shown and "predict:   0%" in shown and "0/3" in shown
     assert shown.endswith("\r") and "\n" not in shown  # nothing is left on the screen
 

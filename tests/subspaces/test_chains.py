@@ -83,8 +83,8 @@ def test_refuses_chains_of_another_kind_or_target(tmp_path: Path) -> None:
         run(LinearGaussian(), checkpoint=path, resume=True)
 
 
-def test_progress_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_shown_when_asked_for(terminal: pytest.CaptureFixture[str]) -> None:
     run(LinearGaussian())
-    assert capsys.readouterr().err == ""
+    assert terminal.readouterr().err == ""
     run(LinearGaussian(), progress=True)
-    assert "elliptical slice: 100%" in capsys.readouterr().err
+    assert "elliptical slice: 100%" in terminal.readouterr().err

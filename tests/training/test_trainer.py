@@ -231,13 +231,13 @@ def test_batches_weigh_by_their_size() -> None:
     assert record["loss"] == (3 * 1 + 9) / 4
 
 
-def test_a_progress_bar_is_shown_only_where_asked(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_progress_bar_is_shown_only_where_asked(terminal: pytest.CaptureFixture[str]) -> None:
     model = network()
     trainer = Trainer(model, sgd(model))
     trainer.fit(batches, 1, progress=False)
-    assert capsys.readouterr().err == ""
+    assert terminal.readouterr().err == ""
     trainer.fit(batches, 2, description="toy run")
-    assert "toy run: 100%" in capsys.readouterr().err
+    assert "toy run: 100%" in terminal.readouterr().err
 
 
 def test_a_finished_run_does_nothing() -> None:
