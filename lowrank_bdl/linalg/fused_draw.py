@@ -36,17 +36,22 @@ def _draw_kernel(  # type: ignore[no-untyped-def]
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * BLOCK_D
+    # Everything that makes an address is int64. One axis of programs: a second one would end at 65,535 blocks.
+    dim = tl.cast(dim, tl.int64)
+    program = tl.program_id(0).to(tl.int64)
+    across = tl.cdiv(dim, BLOCK_D)
+    first = program % across * BLOCK_D
     columns = first + tl.arange(0, BLOCK_D)
-    samples = tl.program_id(1).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+    samples = program // across * BLOCK_S + tl.arange(0, BLOCK_S)
     inside = columns < dim
     mask = (samples < num_samples)[:, None] & inside[None, :]
     low_rank = tl.zeros((BLOCK_S, BLOCK_D), dtype=tl.float32)
     for k in range(num_columns):
-        row = tl.load(root + k * root_stride_k + columns * root_stride_d, mask=inside, other=0.0).to(tl.float32)
+        at = tl.cast(k, tl.int64)  # K x D numbers are more than 2^31 from D = 107 million at K = 20
+        row = tl.load(root + at * root_stride_k + columns * root_stride_d, mask=inside, other=0.0).to(tl.float32)
         if HAS_SCALE:
-            row *= tl.load(scale + k * scale_stride_k + columns // SCALE_BLOCK, mask=inside, other=0.0)
-        weight = tl.load(inner + k * num_samples + samples, mask=samples < num_samples, other=0.0)
+            row *= tl.load(scale + at * scale_stride_k + columns // SCALE_BLOCK, mask=inside, other=0.0)
+        weight = tl.load(inner + at * num_samples + samples, mask=samples < num_samples, other=0.0)
         low_rank += weight[:, None] * row[None, :]
     quads = (first // 4 + tl.arange(0, BLOCK_D // 4)).to(tl.uint32)
     counter = tl.zeros((BLOCK_S, BLOCK_D // 4), dtype=tl.uint32)
@@ -91,8 +96,10 @@ def fused_draw(
     scale = diag if factors.scale is None else factors.scale.contiguous()
     block_s = min(32, triton.next_power_of_2(max(num_samples, 1)))
     block_d = 1024 // max(block_s // 4, 1)
-    grid = (triton.cdiv(dim, block_d), triton.cdiv(num_samples, block_s))
-    if out.numel():
+    grid = (triton.cdiv(dim, block_d) * triton.cdiv(num_samples, block_s),)
+    if not out.numel():
+        return out
+    with torch.cuda.device_of(diag):  # Triton launches on the current device, whatever the tensors'
         _draw_kernel[grid](
             out,
             factors.root,

@@ -9,6 +9,9 @@ from lowrank_bdl.linalg import compiled
 from lowrank_bdl.linalg.devices import generator_on, in_dtype, to_float64
 from lowrank_bdl.linalg.factors import LowRankFactors, only_column, project
 
+FLOAT8_SINCE = (8, 9)
+"""Compute capability of the first devices for which Triton compiles float8: older ones take torch's operations."""
+
 
 def matmul(factors: LowRankFactors, columns: Tensor) -> Tensor:
     r"""Return :math:`\Sigma X`, shape ``(*B, D, S)``.
@@ -125,6 +128,10 @@ def finish_draw_(factors: LowRankFactors, noise: Tensor, inner: Tensor, mean: Te
 
 
 def _fusable(factors: LowRankFactors) -> bool:
-    """Whether the fused kernel applies: one float32 matrix on a CUDA device, with Triton installed."""
+    """Whether the fused kernel applies: one float32 matrix on a CUDA device that reads its root, with Triton."""
     single = factors.diag.is_cuda and factors.diag.ndim == 1 and factors.diag.dtype is torch.float32
-    return single and find_spec("triton") is not None
+    if not single or find_spec("triton") is None:
+        return False
+    if factors.root.dtype is not torch.float8_e4m3fn:
+        return True
+    return torch.cuda.get_device_capability(factors.diag.device) >= FLOAT8_SINCE
