@@ -757,3 +757,13 @@ def noisy_optimisers(device: torch.device) -> Call:
 def noisy_logits(device: torch.device) -> Call:
     likelihood, outputs = lb.NoisyLogitsLikelihood(5, generator(device)), normal(device, 7, 2, 3)
     return lambda: likelihood(outputs).probs
+
+
+RUN_NETWORKS = {
+    "batch_norm", "diagonal_laplace", "functional_model", "gradient_covariance_update", "kfac_laplace",
+    "gradient_covariance_update_per_example", "log_joint_gradient", "log_joint_value", "map_in_subspace", "predict",
+    "predict_with_batch_norm", "surface_training", "surfaces", "trainer", "widths", "coordinate_slice",
+    "elliptical_slice", "sgld", "sghmc", "variational", "nuts", "normalizing_flow", "noisy_optimisers", "temperature",
+    "weight_snapshots", "subspaces", "low_rank_gaussian",
+}  # fmt: skip
+"""Operations in which the caller's network runs, in the caller's precision."""

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -301,3 +302,28 @@ def test_any_rank_on_a_device(name: str, rank: int, dim: int, kind: str) -> None
             operator, x = covariance(device, rank=rank, dim=dim), normal(device, dim, 2, seed=3)
             results.append(CHUNKED[name](operator, x))
     assert_same(results[1], results[0])
+
+
+@contextmanager
+def reduced_precision() -> Iterator[None]:
+    """What people train in: autocast to bfloat16, and TF32 for the rest."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast("cuda", torch.bfloat16):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [operation for operation in OPERATIONS.values() if operation.name not in public_operations.RUN_NETWORKS],
+    ids=lambda operation: operation.name,
+)
+def test_autocast_and_tf32_of_a_gpu_change_no_operation(operation: Operation) -> None:
+    with FakeDevice("cuda"):
+        call = operation.make(torch.device("cuda"))
+        with reduced_precision():
+            found = call()
+    assert_same(found, on_the_cpu(operation))

@@ -18,6 +18,7 @@ from lowrank_bdl.linalg.devices import norm_in_float64, to_float64
 from lowrank_bdl.linalg.exact import DENSE_LIMIT_GIB, check_dense_size
 from lowrank_bdl.linalg.expanded import UnbatchedLinearOperator
 from lowrank_bdl.linalg.memory import require_memory
+from lowrank_bdl.linalg.precision import own_precision
 from lowrank_bdl.parameters.batches import CallFn, Data, TargetFn, fixed_batches, joined, split_batch
 from lowrank_bdl.parameters.differentiable_operations import lacks_second_derivatives
 from lowrank_bdl.parameters.functional import FunctionalModel
@@ -170,7 +171,7 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))  # whose tensors cannot be differentiated by
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.autocast(rows.device.type, enabled=False))
+            stack.enter_context(own_precision(network=True))
             stack.enter_context(batch_norm_mode(model, self._bn_mode))
             stack.enter_context(uncompiled())  # what is compiled has no second derivative
             if not self._fused:

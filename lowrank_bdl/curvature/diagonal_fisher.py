@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lowrank_bdl.curvature.examples import ExampleGradients
 from lowrank_bdl.curvature.kronecker_factors import example_chunks
 from lowrank_bdl.curvature.layers import Layer, LayerCall, layer_gradients, layer_inputs
+from lowrank_bdl.linalg.precision import exact, exact_methods
 from lowrank_bdl.parameters.batches import joined
 from lowrank_bdl.parameters.functional import StatelessModel
 
@@ -35,6 +36,7 @@ def layer_chunks(layer: Layer, gradients: Sequence[Tensor]) -> Iterator[slice]:
     yield from example_chunks(len(gradients[0]), numbers)
 
 
+@exact
 def layer_example_gradients(
     layer: Layer, calls: Sequence[LayerCall], gradients: Sequence[Tensor], part: slice
 ) -> dict[str, Tensor]:
@@ -83,6 +85,7 @@ def _batch_norm_gradients(
     return totals
 
 
+@exact_methods
 class LayerDiagonal:
     """Sum squared gradients of one layer's parameters from what passes through it: no backward pass an example.
 

@@ -20,6 +20,7 @@ from lowrank_bdl.linalg.devices import sum_in_float64, sums_device, to_float64
 from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.memory import require_memory
 from lowrank_bdl.linalg.moments import StreamingMoments, first_unusable
+from lowrank_bdl.linalg.precision import exact, exact_methods
 from lowrank_bdl.linalg.ring_buffer import DeviationBuffer
 from lowrank_bdl.parameters.batches import CallFn, TargetFn
 from lowrank_bdl.parameters.layout import ParameterLayout
@@ -28,6 +29,7 @@ from lowrank_bdl.parameters.memory_estimates import estimate_memory
 from lowrank_bdl.parameters.selection import Selector
 
 
+@exact_methods
 class GradientCovariance:
     r"""Collect gradients :math:`g_1, \dots, g_T` of mini-batches of :math:`S_1, \dots, S_T` examples at fixed weights.
 
@@ -450,6 +452,7 @@ class GradientCovariance:
         return _inner(own, covariance) / norms[0] / norms[1]
 
 
+@exact
 @torch.no_grad()
 def _inner(left: LowRankPlusDiagLinearOperator, right: LowRankPlusDiagLinearOperator) -> float:
     """Return the trace of the product: of a diagonal and a low-rank part, each a sum of nothing negative."""

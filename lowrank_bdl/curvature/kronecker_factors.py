@@ -16,6 +16,7 @@ from lowrank_bdl.curvature.layers import Layer, LayerCall, layer_gradients, laye
 from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.linalg.eigen import eigh_psd
 from lowrank_bdl.linalg.memory import require_memory
+from lowrank_bdl.linalg.precision import exact_methods
 
 _NUMBERS_AT_ONCE = 2**25
 """Unfolded inputs that exist at one time; a convolution's are kernel size times as many as its inputs."""
@@ -59,6 +60,7 @@ class KroneckerCurvature:
         return self.left_values.unsqueeze(-1) * self.right_values.unsqueeze(-2)
 
 
+@exact_methods
 class KroneckerFactors:
     r"""Sum the factors of :math:`N \, E[a a^\top] \otimes E[g g^\top] = (\sum a a^\top) \otimes (\sum g g^\top) / R`.
 

@@ -17,6 +17,7 @@ from lowrank_bdl.errors import NonFiniteError, NotPSDError
 from lowrank_bdl.linalg import compiled
 from lowrank_bdl.linalg.devices import to_float64
 from lowrank_bdl.linalg.factors import LowRankFactors, gram
+from lowrank_bdl.linalg.precision import exact
 from lowrank_bdl.linalg.stiff import stiff_triangle
 
 LOGDET_TOLERANCE = 1e-3
@@ -69,6 +70,7 @@ class Projection:
     sums: Tensor | None = None
 
 
+@exact
 def factorize(factors: LowRankFactors, least: str = "storage", projection: Projection | None = None) -> Capacitance:
     """Factorise the matrix, in the cheapest way whose error bound is good enough.
 

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from lowrank_bdl.linalg.devices import sums_device
 from lowrank_bdl.linalg.factors import LowRankFactors, gram, project
+from lowrank_bdl.linalg.precision import exact_methods
 from lowrank_bdl.linalg.principal_components import rotate
 
 
+@exact_methods
 class DenseBasis:
     """The columns of a matrix.
 

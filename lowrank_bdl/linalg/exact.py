@@ -27,6 +27,7 @@ from typing_extensions import Self
 from lowrank_bdl.errors import MemoryLimitError, NotPSDError, ShapeError
 from lowrank_bdl.linalg.devices import sums_device, to_float64
 from lowrank_bdl.linalg.indices import Index, plain_index, same_index
+from lowrank_bdl.linalg.precision import exact_methods
 
 DENSE_LIMIT_GIB = 4.0
 """The largest dense matrix that `to_dense` makes unless told otherwise [GiB]."""
@@ -47,8 +48,16 @@ def check_dense_size(operator: LinearOperator, limit_gib: float) -> None:
         )
 
 
+@exact_methods
 class ExactLinearOperator(LinearOperator):
-    """The operations of `LinearOperator` without its iterations; subclasses give those that their structure has."""
+    """The operations of `LinearOperator` without its iterations; subclasses give those that their structure has.
+
+    All methods of all subclasses run in `own_precision`, whatever autocast and TF32 are set to.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        exact_methods(cls)
 
     # ---- the dense matrix -------------------------------------------------------------------------------------------
 

@@ -10,8 +10,10 @@ from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.linalg.devices import require_float64
 from lowrank_bdl.linalg.factors import LowRankFactors, gram
 from lowrank_bdl.linalg.moments import first_unusable
+from lowrank_bdl.linalg.precision import exact_methods
 
 
+@exact_methods
 class FrequentDirectionsSketch:
     r"""Keep B of at most :math:`2 \ell` rows for a stream A of n, so that :math:`B^\top B` is near :math:`A^\top A`.
 

@@ -18,6 +18,7 @@ from lowrank_bdl.linalg.capacitance import Capacitance, Projection
 from lowrank_bdl.linalg.devices import require_float64
 from lowrank_bdl.linalg.factors import LowRankFactors, inverse_std, project
 from lowrank_bdl.linalg.kernels import diagonal, lift_, matmul
+from lowrank_bdl.linalg.precision import exact_methods
 from lowrank_bdl.linalg.ridge import Ridge, ridge
 from lowrank_bdl.linalg.transforms import backward_is_transformed, differentiable_gradients, transformed
 
@@ -66,6 +67,7 @@ def _low_rank_gradients(
     return root, _mix_gradient(factors, pairs) if needs[1] else None
 
 
+@exact_methods
 class MatmulFunction(Function):
     """``(diag(d) + U U') X``, differentiable in the root, the diagonal, the mix and X."""
 
@@ -91,6 +93,7 @@ class MatmulFunction(Function):
         return None, root, diag, mix, matmul(factors, grad) if needs[4] else None
 
 
+@exact_methods
 class SolveFunction(Function):
     """``(diag(d) + U U')^-1 X``, differentiable in the root, the diagonal, the mix and X."""
 
@@ -128,6 +131,7 @@ class SolveFunction(Function):
         return None, None, None, root, diag, mix, result.solution if needs[6] else None
 
 
+@exact_methods
 class DiagonalFunction(Function):
     """``d + rowsum(U * U)``, differentiable in the root, the diagonal and the mix."""
 
@@ -165,6 +169,7 @@ class DiagonalFunction(Function):
         return None, root, grad if needs[2] else None, mix
 
 
+@exact_methods
 class InvQuadLogdetFunction(Function):
     """``x' S^-1 x`` for every column x minus the mean, and ``log|S|``, differentiable in all of them."""
 

@@ -17,6 +17,7 @@ from typing_extensions import Self
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.linalg.devices import generator_on
 from lowrank_bdl.linalg.expanded import UnbatchedLinearOperator
+from lowrank_bdl.linalg.precision import exact
 
 RADIX = 16
 """Axis that one matrix product transforms: log2(n) / 4 passes over the vector, at the speed of memory."""
@@ -24,6 +25,7 @@ GATHERED = 2**20
 """Entries of the matrix that are made at once for its Gram matrix."""
 
 
+@exact
 def hadamard_transform(x: Tensor) -> Tensor:
     r"""Return :math:`H x` along the last axis, with :math:`H_{ij} = (-1)^{\langle i, j \rangle}` over binary digits.
 

@@ -14,6 +14,7 @@ from lowrank_bdl.linalg.factors import LowRankFactors, inverse_std
 from lowrank_bdl.linalg.indices import Index, all_distinct, positions, same_index
 from lowrank_bdl.linalg.operator_state import LowRankPlusDiagState
 from lowrank_bdl.linalg.operator_structure import LowRankPlusDiagStructure
+from lowrank_bdl.linalg.precision import exact_methods
 from lowrank_bdl.linalg.precision_sums import add_precisions, add_to_precision, precision_block
 from lowrank_bdl.linalg.roots import LOST, LowRankPlusDiagRoot, apply_root_
 from lowrank_bdl.linalg.squared import SquaredLinearOperator
@@ -21,6 +22,7 @@ from lowrank_bdl.linalg.structured import StructuredLinearOperator
 from lowrank_bdl.linalg.transforms import differentiable_gradients, transformed
 
 
+@exact_methods
 class _InverseDiagonalFunction(Function):
     """The diagonal of the inverse, ``(1 - |L^-1 w_i|^2) / d_i`` by chunks in float64."""
 

@@ -8,11 +8,13 @@ from torch import Tensor
 from lowrank_bdl.linalg import compiled
 from lowrank_bdl.linalg.devices import generator_on, in_dtype, to_float64
 from lowrank_bdl.linalg.factors import LowRankFactors, only_column, project
+from lowrank_bdl.linalg.precision import exact
 
 FLOAT8_SINCE = (8, 9)
 """Compute capability of the first devices for which Triton compiles float8: older ones take torch's operations."""
 
 
+@exact
 def matmul(factors: LowRankFactors, columns: Tensor) -> Tensor:
     r"""Return :math:`\Sigma X`, shape ``(*B, D, S)``.
 
@@ -54,6 +56,7 @@ def lift_(target: Tensor, rows: Tensor, inner: Tensor, sign: float = 1.0) -> Ten
     return target.add_(rows.mT @ inner, alpha=sign)
 
 
+@exact
 def diagonal(factors: LowRankFactors) -> Tensor:
     r"""Return :math:`d_i + \sum_k (R M)_{ik}^2`, shape ``(*B, D)``.
 
@@ -72,6 +75,7 @@ def diagonal(factors: LowRankFactors) -> Tensor:
     return result
 
 
+@exact
 def draw(
     factors: LowRankFactors, num_samples: int, generator: torch.Generator | None = None, mean: Tensor | None = None
 ) -> Tensor:
@@ -101,6 +105,7 @@ def draw(
     return finish_draw_(factors, result.normal_(generator=generator), inner, mean)
 
 
+@exact
 def finish_draw_(factors: LowRankFactors, noise: Tensor, inner: Tensor, mean: Tensor | None = None) -> Tensor:
     r"""Turn standard normals :math:`z_1` into draws, in place, and return them.
 

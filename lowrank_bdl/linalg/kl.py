@@ -19,6 +19,7 @@ from lowrank_bdl.errors import NotPSDError
 from lowrank_bdl.linalg.capacitance import Capacitance, factorize
 from lowrank_bdl.linalg.factors import LowRankFactors, inverse_std
 from lowrank_bdl.linalg.plain import mixed_root
+from lowrank_bdl.linalg.precision import exact
 from lowrank_bdl.linalg.stiff import stiff_ridge
 from lowrank_bdl.linalg.transforms import transformed
 
@@ -28,6 +29,7 @@ RESIDUAL_TOLERANCE = 1e-10
 """Largest squared error, relative to the residual, that the Gram route may cause before the QR route is taken."""
 
 
+@exact
 def kl_low_rank(p: LowRankFactors, q: LowRankFactors, mean_p: Tensor, mean_q: Tensor) -> Tensor:
     r"""Return KL(p || q) [nat], shape ``(*B,)``, float64; infinite where p is not absolutely continuous to q.
 
@@ -107,6 +109,7 @@ def _log_capacitance(capacitance: Capacitance) -> Tensor:
     return 2 * capacitance.cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
+@exact
 def kl_differentiable(p: LowRankFactors, q: LowRankFactors, mean_p: Tensor, mean_q: Tensor) -> Tensor:
     """Return KL(p || q) by plain differentiable float64 operations; for gradients, at the cost of D x K temporaries."""
     if not transformed():

@@ -22,6 +22,7 @@ from lowrank_bdl.linalg.lanczos_basis import LanczosBasis, norm
 from lowrank_bdl.linalg.lanczos_projection import Projection, Ritz, Wanted
 from lowrank_bdl.linalg.lanczos_run import LanczosRun, Operator
 from lowrank_bdl.linalg.memory import require_memory
+from lowrank_bdl.linalg.precision import exact
 
 WHICH = ("LA", "SA", "LM", "BE")
 
@@ -67,6 +68,7 @@ class LanczosProgress:
         return int((self.residuals <= self.tolerance).sum())
 
 
+@exact
 def lanczos(
     operator: Operator,
     k: int | tuple[int, int],

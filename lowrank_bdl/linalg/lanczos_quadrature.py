@@ -11,6 +11,7 @@ Applications 113, 1989). Three vectors are enough therefore.
 import torch
 from torch import Tensor
 
+from lowrank_bdl.linalg.precision import exact
 from lowrank_bdl.linalg.probing import ProbedMatrix, row_dots
 
 
@@ -86,6 +87,7 @@ def lanczos_coefficients(
     return diagonal, off_diagonal[:, : num_steps - 1]
 
 
+@exact
 def gauss_rule(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
     """Return nodes (ascending) and weights (their sum is one), ``(S, m)`` each, of tridiagonal matrices.
 

@@ -5,11 +5,13 @@ from linear_operator.operators import DiagLinearOperator, LinearOperator
 from torch import Tensor
 
 from lowrank_bdl.errors import NotPSDError
+from lowrank_bdl.linalg.precision import exact
 from lowrank_bdl.linalg.probing import Matrix, ProbedMatrix, Progress, StochasticEstimate, exact_estimate
 from lowrank_bdl.linalg.spectral_density import spectral_density
 from lowrank_bdl.linalg.stochastic_trace import choose_method, is_structured
 
 
+@exact
 def logdet(
     matrix: Matrix,
     num_probes: int = 20,

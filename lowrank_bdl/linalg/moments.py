@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.linalg import compiled
+from lowrank_bdl.linalg.precision import exact_methods
 from lowrank_bdl.linalg.transforms import transformed
 
 STATE_NAMES = ("shift", "offset", "sum_sq", "count", "prior_count")
@@ -49,6 +50,7 @@ def first_unusable(x: Tensor, bound: float) -> int | None:
     raise AssertionError("unreachable: aminmax saw an unusable entry")  # pragma: no cover
 
 
+@exact_methods
 class StreamingMoments:
     r"""Accumulate mean and variance of vectors :math:`x_1, \dots, x_n \in R^D` that arrive one at a time.
 

@@ -16,6 +16,7 @@ from lowrank_bdl.linalg.divergences import kl_gaussians, structured
 from lowrank_bdl.linalg.indices import plain_index, same_index
 from lowrank_bdl.linalg.inverse import InverseLowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
+from lowrank_bdl.linalg.precision import exact_methods
 from lowrank_bdl.linalg.structured import StructuredLinearOperator
 from lowrank_bdl.linalg.transforms import transformed
 
@@ -25,6 +26,7 @@ Shape: TypeAlias = int | Sequence[int]
 _ONE_DRAW = torch.Size()
 
 
+@exact_methods
 class MultivariateNormal(gpytorch.distributions.MultivariateNormal):
     r"""N(m, Sigma) with every method exact, O(D K^2) at most, and of one law.
 

@@ -11,6 +11,7 @@ from lowrank_bdl.linalg.devices import in_dtype
 from lowrank_bdl.linalg.factors import LowRankFactors, gram
 from lowrank_bdl.linalg.lanczos import lanczos
 from lowrank_bdl.linalg.operator_state import LowRankPlusDiagState
+from lowrank_bdl.linalg.precision import exact
 
 VARIANCE_TOLERANCE = 1e-6
 """Largest estimated relative error of a variance that products in the storage dtype may cause."""
@@ -18,6 +19,7 @@ ORTHONORMAL_TOLERANCE = 1e-6
 """Largest estimated departure from orthonormality that products in the storage dtype may cause."""
 
 
+@exact
 def principal_components(
     operator: LowRankPlusDiagState,
     k: int,
@@ -68,6 +70,7 @@ def principal_components(
     return low_rank_components(factors, k)
 
 
+@exact
 def low_rank_components(
     factors: LowRankFactors, k: "int | Callable[[Tensor], int]", *, scaled: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -112,6 +115,7 @@ def low_rank_components(
     return values, rotate(factors, inner, dtype)
 
 
+@exact
 def rotate(factors: LowRankFactors, inner: Tensor, dtype: torch.dtype) -> Tensor:
     """Return R A in the dtype of the diagonal, ``(D, m)`` over contiguous ``(m, D)`` storage.
 

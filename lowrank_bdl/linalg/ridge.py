@@ -25,6 +25,7 @@ from lowrank_bdl.linalg.capacitance import Capacitance, Projection, factorize
 from lowrank_bdl.linalg.devices import in_dtype, sum_in_float64, to_float64
 from lowrank_bdl.linalg.factors import LowRankFactors, inverse_std, inverse_variance, multiply, only_column
 from lowrank_bdl.linalg.kernels import lift_
+from lowrank_bdl.linalg.precision import exact
 from lowrank_bdl.linalg.stiff import stiff_ridge
 
 QUADRATIC_TOLERANCE = 1e-6
@@ -62,6 +63,7 @@ class _Residual:
     solution_start: Tensor  # ||D^-1/2 y||^2
 
 
+@exact
 def ridge(
     factors: LowRankFactors,
     capacitance: Capacitance,

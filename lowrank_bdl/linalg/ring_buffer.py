@@ -9,8 +9,10 @@ from torch import Tensor
 from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.linalg.block_scaling import BLOCK, decode_rows, encode_rows, needs_scale, num_blocks
 from lowrank_bdl.linalg.moments import first_unusable
+from lowrank_bdl.linalg.precision import exact_methods
 
 
+@exact_methods
 class DeviationBuffer:
     r"""Keep the newest K rows :math:`d_1, d_2, \dots \in R^D` of a stream: a ring of rows.
 

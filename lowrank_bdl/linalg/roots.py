@@ -25,6 +25,7 @@ from lowrank_bdl.linalg.devices import in_dtype, to_float64
 from lowrank_bdl.linalg.factors import LowRankFactors, inverse_std
 from lowrank_bdl.linalg.indices import Index
 from lowrank_bdl.linalg.operator_state import LowRankPlusDiagState
+from lowrank_bdl.linalg.precision import exact_methods
 from lowrank_bdl.linalg.structured import StructuredLinearOperator
 from lowrank_bdl.linalg.transforms import backward_is_transformed, differentiable_gradients, transformed
 
@@ -76,6 +77,7 @@ def apply_root_(core: LowRankPlusDiagState, columns: Tensor, inverse: bool, tran
     return columns
 
 
+@exact_methods
 class _RootFunction(Function):
     """A product with a root, differentiable in the matrix and the right-hand side."""
 

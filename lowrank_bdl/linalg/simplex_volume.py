@@ -11,9 +11,11 @@ from torch.autograd import Function
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.linalg.devices import require_float64
 from lowrank_bdl.linalg.moments import column_chunks
+from lowrank_bdl.linalg.precision import exact, exact_methods
 from lowrank_bdl.linalg.transforms import backward_is_transformed, differentiable_gradients, transformed
 
 
+@exact
 def log_simplex_volume(vertices: "Tensor | Sequence[Tensor]") -> Tensor:
     r"""Return the log-volume of the simplex with corners :math:`v_0, \dots, v_k`, differentiable in them.
 
@@ -74,6 +76,7 @@ def log_simplex_volume(vertices: "Tensor | Sequence[Tensor]") -> Tensor:
     return value
 
 
+@exact_methods
 class _LogVolume(Function):
     """The log-volume of two corners ``(*B, D)`` or more."""
 

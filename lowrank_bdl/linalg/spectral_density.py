@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowrank_bdl.errors import NonFiniteError
 from lowrank_bdl.linalg.lanczos_quadrature import gauss_rule, lanczos_coefficients
+from lowrank_bdl.linalg.precision import exact
 from lowrank_bdl.linalg.probing import (
     Matrix,
     ProbedMatrix,
@@ -115,6 +116,7 @@ class SpectralDensity:
         return points, curves.mean(0), error
 
 
+@exact
 def spectral_density(
     matrix: Matrix,
     num_probes: int = 10,

@@ -15,6 +15,7 @@ from lowrank_bdl.linalg.inverse import InverseLowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.kronecker import KroneckerSpectralLinearOperator
 from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.moments import StreamingMoments
+from lowrank_bdl.linalg.precision import exact
 from lowrank_bdl.linalg.probing import (
     Matrix,
     ProbedMatrix,
@@ -73,6 +74,7 @@ def _exact_diagonal(matrix: Matrix) -> Tensor | None:
     return None
 
 
+@exact
 def trace(
     matrix: Matrix,
     num_matvecs: int = 60,
@@ -157,6 +159,7 @@ def _quadratic_forms(
     return torch.cat(forms)
 
 
+@exact
 def diagonal(
     matrix: Matrix,
     num_probes: int = 100,

@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.linalg.devices import sums_device, to_float64
+from lowrank_bdl.linalg.precision import exact
 from lowrank_bdl.parameters.batches import CallFn, batches_of
 from lowrank_bdl.parameters.functional import FunctionalModel, StatelessModel, evaluation_mode
 from lowrank_bdl.parameters.layout import ParameterLayout
@@ -167,6 +168,7 @@ class _NamedWeights:
         return (self.network.named(theta) for theta in self.thetas)
 
 
+@exact
 def recalibrate_batch_norm(
     model: nn.Module,
     thetas: "Tensor | Collection[Tensor]",
@@ -242,6 +244,7 @@ def recalibrate_batch_norm(
     return _pooled(network.stateless, weights, len(thetas), loader, fraction, bn_exclude, progress)
 
 
+@exact
 def recalibrate_batch_norm_(
     model: nn.Module,
     loader: Iterable[Any],

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.linalg.precision import callers_precision
 from lowrank_bdl.parameters.batches import CallFn, call_on_inputs, to_device
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.substitution import Substitution
@@ -149,7 +150,8 @@ class StatelessModel:
             batch = to_device(batch, self.device)
         if self._writes_inputs is not False:
             batch = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
-        output = self._substitution(parameters, lambda: self._call_fn(self.model, batch), present)
+        with callers_precision():
+            output = self._substitution(parameters, lambda: self._call_fn(self.model, batch), present)
         if self._writes_inputs is None:  # tensors of inference mode do not count what is written
             leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
             self._writes_inputs = any(leaf.is_inference() or leaf._version > 0 for leaf in leaves)

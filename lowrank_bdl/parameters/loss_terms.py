@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.linalg.precision import callers_precision
 
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]
 Reduction: TypeAlias = Literal["mean", "sum"]
@@ -36,8 +37,17 @@ _WEIGHTED_MEANS: tuple[Any, ...] = (F.mse_loss, F.l1_loss, F.huber_loss)
 
 
 def scalar_loss(loss_fn: LossFn, outputs: Any, targets: Tensor, reduction: Reduction) -> Tensor:
-    """Return ``loss_fn(outputs, targets)``; raises ShapeError unless it is a scalar."""
-    loss = loss_fn(outputs, targets)
+    """Return ``loss_fn(outputs, targets)``; raises ShapeError unless it takes such outputs and gives a scalar."""
+    try:
+        with callers_precision():
+            loss = loss_fn(outputs, targets)
+    except (TypeError, AttributeError) as error:
+        if isinstance(outputs, Tensor):
+            raise
+        raise ShapeError(
+            f"loss_fn must take what the network returns; got {type(outputs).__name__}. "
+            "Pass call_fn to pick the tensor."
+        ) from error
     if not isinstance(loss, Tensor) or loss.ndim != 0:
         form = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ShapeError(f"loss_fn must return a scalar tensor, the {reduction} over the batch; got {form}.")

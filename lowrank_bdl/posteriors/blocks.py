@@ -11,12 +11,14 @@ from typing_extensions import Self
 from lowrank_bdl.errors import CheckpointError, ShapeError
 from lowrank_bdl.linalg.block_diagonal import BlockDiagonalLinearOperator
 from lowrank_bdl.linalg.devices import to_float64
+from lowrank_bdl.linalg.precision import exact_methods
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.posteriors.gaussian import GaussianPosterior, check_same_parameters, kl_divergence, sample_size
 from lowrank_bdl.posteriors.parts import BLOCK, Block, means_of
 from lowrank_bdl.posteriors.storage import StoredPosterior, join_states, split_states
 
 
+@exact_methods
 class BlockPosterior(StoredPosterior, kind="block posterior"):
     r"""The distribution :math:`\prod_b N(m_b, \Sigma_b)` over a network's D weights, cut into consecutive blocks.
 

@@ -10,6 +10,7 @@ from typing_extensions import Self
 from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.linalg.devices import generator_on
 from lowrank_bdl.linalg.moments import column_chunks, first_unusable
+from lowrank_bdl.linalg.precision import exact_methods
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
 from lowrank_bdl.posteriors.gaussian import sample_size
@@ -17,6 +18,7 @@ from lowrank_bdl.posteriors.iterates import flatten_finite
 from lowrank_bdl.posteriors.storage import StoredPosterior, required
 
 
+@exact_methods
 class EmpiricalPosterior(StoredPosterior, kind="empirical posterior"):
     r"""The uniform distribution over M given weight vectors, :math:`\frac1M \sum_m \delta_{\theta_m}`.
 

@@ -15,6 +15,7 @@ from lowrank_bdl.linalg.divergences import kl_gaussians
 from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.moments import first_unusable
 from lowrank_bdl.linalg.multivariate_normal import MultivariateNormal
+from lowrank_bdl.linalg.precision import exact_methods
 from lowrank_bdl.linalg.transforms import transformed
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
@@ -23,6 +24,7 @@ from lowrank_bdl.posteriors.released_formats import ReleasedGaussian
 from lowrank_bdl.posteriors.storage import StoredPosterior, layout_difference, required
 
 
+@exact_methods
 class GaussianPosterior(StoredPosterior, kind="gaussian posterior"):
     r"""The distribution :math:`N(m, \Sigma)` over a network's D weights, of one law in every method.
 

@@ -18,6 +18,7 @@ from lowrank_bdl.curvature.fisher import FisherSums, fisher_sums
 from lowrank_bdl.curvature.scores import LABELS, Labels, resolve_scores
 from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.linalg.moments import first_unusable
+from lowrank_bdl.linalg.precision import exact_methods
 from lowrank_bdl.parameters.batches import CallFn, TargetFn, batches_of
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
@@ -27,6 +28,7 @@ from lowrank_bdl.posteriors.laplace_evidence import log_evidence, most_likely_pr
 PosteriorT = TypeVar("PosteriorT")
 
 
+@exact_methods
 class Laplace(ABC, Generic[PosteriorT]):
     r"""What all Laplace approximations share: :math:`N(\theta^*, (H + \tau I)^{-1})` with the data's curvature H.
 
@@ -295,6 +297,7 @@ class Laplace(ABC, Generic[PosteriorT]):
         }
 
 
+@exact_methods
 class DiagonalLaplace(Laplace[GaussianPosterior]):
     r"""Laplace's approximation with the diagonal of the Fisher matrix: variances :math:`1 / (F_i + \tau)`.
 

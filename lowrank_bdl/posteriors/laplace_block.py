@@ -11,11 +11,13 @@ from lowrank_bdl.errors import CheckpointError, NonFiniteError, NotPSDError, Sha
 from lowrank_bdl.linalg.kronecker import KroneckerSpectralLinearOperator, kl_kronecker
 from lowrank_bdl.linalg.moments import first_unusable
 from lowrank_bdl.linalg.multivariate_normal import LOG_2PI
+from lowrank_bdl.linalg.precision import exact_methods
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.posteriors.gaussian import check_same_parameters, kl_divergence, sample_size
 from lowrank_bdl.posteriors.storage import StoredPosterior, required
 
 
+@exact_methods
 class KroneckerGaussian(StoredPosterior, kind="kronecker gaussian"):
     r"""The distribution :math:`N(m, \Sigma)` of one layer, :math:`\Sigma` diagonal in a Kronecker product of bases.
 

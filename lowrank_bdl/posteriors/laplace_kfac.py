@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lowrank_bdl.curvature.scores import Labels
 from lowrank_bdl.linalg.kronecker import KroneckerSpectralLinearOperator
+from lowrank_bdl.linalg.precision import exact_methods
 from lowrank_bdl.parameters.batches import CallFn, TargetFn
 from lowrank_bdl.parameters.selection import Selector
 from lowrank_bdl.posteriors.blocks import BlockPosterior
@@ -34,6 +35,7 @@ class ParameterKinds:
     fixed: tuple[str, ...]
 
 
+@exact_methods
 class KFACLaplace(Laplace[BlockPosterior]):
     r"""Laplace's approximation with a Kronecker-factored block a layer: :math:`(N A \otimes G + \tau I)^{-1}`.
 

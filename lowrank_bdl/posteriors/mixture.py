@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.linalg.devices import generator_on, sums_device, to_float64
+from lowrank_bdl.linalg.precision import exact_methods
 from lowrank_bdl.linalg.transforms import transformed
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
@@ -22,6 +23,7 @@ from lowrank_bdl.posteriors.parts import COMPONENT, Component, means_of
 from lowrank_bdl.posteriors.storage import StoredPosterior, join_states, layout_difference, required, split_states
 
 
+@exact_methods
 class MixturePosterior(StoredPosterior, kind="mixture posterior"):
     r"""The mixture :math:`p(\theta) = \sum_m w_m p_m(\theta)` of posteriors over the same weights.
 

@@ -5,10 +5,12 @@ import math
 import torch
 from torch import Tensor
 
+from lowrank_bdl.linalg.precision import exact
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.posteriors.gaussian import GaussianPosterior
 
 
+@exact
 def homoscedastic_noise(mean: Tensor, std: float, layout: ParameterLayout | None = None) -> GaussianPosterior:
     r"""Return :math:`N(m, \sigma^2 I)`: the same noise on every weight.
 
@@ -32,6 +34,7 @@ def homoscedastic_noise(mean: Tensor, std: float, layout: ParameterLayout | None
     return GaussianPosterior.diagonal(mean, variance, layout, {"source": "homoscedastic noise", "std": std})
 
 
+@exact
 def relative_noise(mean: Tensor, fraction: float, layout: ParameterLayout | None = None) -> GaussianPosterior:
     r"""Return the law of :math:`w + c |w| \epsilon`: noise in proportion to each weight.
 

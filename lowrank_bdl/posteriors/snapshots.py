@@ -9,6 +9,7 @@ from typing_extensions import Self
 
 from lowrank_bdl.errors import CheckpointError
 from lowrank_bdl.linalg.memory import require_memory
+from lowrank_bdl.linalg.precision import exact_methods
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
 from lowrank_bdl.parameters.wrappers import require_values
@@ -17,6 +18,7 @@ from lowrank_bdl.posteriors.iterates import flatten_finite
 from lowrank_bdl.posteriors.storage import layout_difference
 
 
+@exact_methods
 class WeightSnapshots:
     """Keep every weight vector that is shown, or the newest of them.
 

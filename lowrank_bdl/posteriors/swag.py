@@ -17,6 +17,7 @@ from lowrank_bdl.linalg.devices import sums_device
 from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
 from lowrank_bdl.linalg.memory import require_memory
 from lowrank_bdl.linalg.moments import StreamingMoments
+from lowrank_bdl.linalg.precision import exact_methods
 from lowrank_bdl.linalg.ring_buffer import DeviationBuffer
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.memory_estimates import estimate_memory
@@ -31,6 +32,7 @@ CENTERINGS = ("running", "final")
 _WRAPPERS = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")  # names in states of early versions
 
 
+@exact_methods
 class SWAG(OwnTensors):
     r"""Collect iterates :math:`\theta_1, \dots, \theta_T` of any optimiser into a low-rank-plus-diagonal Gaussian.
 

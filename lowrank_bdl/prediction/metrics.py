@@ -11,8 +11,10 @@ from torch import Tensor
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.linalg.devices import to_float64
+from lowrank_bdl.linalg.precision import exact
 
 
+@exact
 def checked_probabilities(probs: Tensor) -> Tensor:
     """Refuse what are no probabilities.
 
@@ -38,6 +40,7 @@ def checked_probabilities(probs: Tensor) -> Tensor:
     return p
 
 
+@exact
 def checked_targets(probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Refuse what are no probabilities or not the classes of as many examples.
 
@@ -67,6 +70,7 @@ def checked_targets(probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return p, classes
 
 
+@exact
 def accuracy(probs: Tensor, targets: Tensor) -> float:
     """Fraction of examples whose most probable class is the target.
 
@@ -89,6 +93,7 @@ def accuracy(probs: Tensor, targets: Tensor) -> float:
     return (p.argmax(1) == classes).double().mean().item()
 
 
+@exact
 def nll(probs: Tensor, targets: Tensor) -> float:
     """Mean negative log-likelihood, −mean log p(target) [nats].
 
@@ -113,6 +118,7 @@ def nll(probs: Tensor, targets: Tensor) -> float:
     return -p.gather(1, classes.unsqueeze(1)).log().mean().item()
 
 
+@exact
 def brier(probs: Tensor, targets: Tensor) -> float:
     r"""Brier score, the mean of :math:`\sum_c (p_c - 1[c = y])^2`, between 0 and 2.
 
@@ -159,6 +165,7 @@ class ReliabilityCurve:
         return (gap * self.count).sum().item() / int(self.count.sum())
 
 
+@exact
 def reliability_curve(probs: Tensor, targets: Tensor, num_bins: int = 15, binning: str = "width") -> ReliabilityCurve:
     """Compare the confidence (largest probability) with how often it is right.
 
@@ -206,6 +213,7 @@ def reliability_curve(probs: Tensor, targets: Tensor, num_bins: int = 15, binnin
     return ReliabilityCurve(total[0] / count, total[1] / count, count)
 
 
+@exact
 def ece(probs: Tensor, targets: Tensor, num_bins: int = 15, binning: str = "width") -> float:
     r"""Expected calibration error, :math:`\sum_b \frac{n_b}{N} |\mathrm{acc}_b - \mathrm{conf}_b|`.
 
@@ -246,6 +254,7 @@ def _checked_scores(
     return scores[0], scores[1]
 
 
+@exact
 def auroc(negatives: Tensor, positives: Tensor) -> float:
     r"""Area under the ROC curve, :math:`P(s^- < s^+) + \tfrac12 P(s^- = s^+)`, exactly.
 
@@ -281,6 +290,7 @@ def auroc(negatives: Tensor, positives: Tensor) -> float:
     return int((below + not_above).sum()) / (2 * len(low) * len(high))
 
 
+@exact
 def false_positive_rate(negatives: Tensor, positives: Tensor, true_positive_rate: float = 0.95) -> float:
     """Fraction of negatives at or above the threshold that catches the wanted fraction of positives (FPR@95).
 
@@ -309,6 +319,7 @@ def false_positive_rate(negatives: Tensor, positives: Tensor, true_positive_rate
     return (low >= threshold).double().mean().item()
 
 
+@exact
 def average_precision(negatives: Tensor, positives: Tensor) -> float:
     r"""Area under the precision-recall curve as a step function (AUPR), :math:`\sum_n (R_n - R_{n-1}) P_n`.
 
@@ -343,6 +354,7 @@ def average_precision(negatives: Tensor, positives: Tensor) -> float:
     return (true / (true + false).double()).mean().item()
 
 
+@exact
 def histogram_divergence(
     first: Tensor, second: Tensor, *, edges: Tensor | None = None, smoothing: float = 1e-7
 ) -> float:

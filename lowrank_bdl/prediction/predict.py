@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.linalg.precision import exact
 from lowrank_bdl.parameters.batch_norm import recalibrate_batch_norm
 from lowrank_bdl.parameters.batches import CallFn, TargetFn, batches_of, targets_of, to_device
 from lowrank_bdl.parameters.functional import FunctionalModel, evaluation_mode
@@ -132,6 +133,7 @@ def predict(
     return join([vars(part) for part in found], found[0].num_samples)
 
 
+@exact
 @torch.no_grad()
 def predict_batches(
     model: nn.Module,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.linalg.devices import to_float64
+from lowrank_bdl.linalg.precision import exact_methods
 from lowrank_bdl.prediction.metrics import checked_probabilities, checked_targets
 from lowrank_bdl.prediction.predictive import Predictive
 
@@ -38,6 +39,7 @@ def _pair(given: "Tensor | Predictive", targets: Tensor | None) -> tuple[Tensor,
     return probabilities, targets
 
 
+@exact_methods
 class TemperatureScaling:
     r"""Probabilities at another temperature, :math:`p_T(c) = p(c)^{1/T} / \sum_{c'} p(c')^{1/T}`.
 

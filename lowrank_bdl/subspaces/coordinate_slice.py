@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_bdl.linalg.precision import exact
 from lowrank_bdl.subspaces.chains import (
     Chains,
     CountedTarget,
@@ -81,6 +82,7 @@ class CoordinateSlice(Kernel):
         return found.payload.where(found.moved, likelihood), found.proposals
 
 
+@exact
 def coordinate_slice(
     log_joint: Target,
     num_samples: int,

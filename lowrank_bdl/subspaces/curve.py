@@ -8,10 +8,12 @@ from torch import Tensor
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.linalg.devices import require_float64
 from lowrank_bdl.linalg.moments import column_chunks
+from lowrank_bdl.linalg.precision import exact
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.subspaces.subspace import Subspace
 
 
+@exact
 def curve_subspace(points: Tensor, layout: ParameterLayout | None = None, *, control_points: bool = False) -> Subspace:
     r"""Return the subspace of n - 1 dimensions that n points of a curve span.
 

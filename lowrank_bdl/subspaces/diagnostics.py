@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.linalg.precision import exact
 
 
+@exact
 def effective_sample_size(draws: Tensor) -> Tensor:
     r"""Return how many independent draws give the chains' mean its precision, for each coordinate.
 
@@ -53,6 +55,7 @@ def effective_sample_size(draws: Tensor) -> Tensor:
     return (number * length / torch.maximum(time, least)).where(total.isfinite(), torch.nan)
 
 
+@exact
 def split_rhat(draws: Tensor) -> Tensor:
     r"""Return the rank-normalised split R-hat of each coordinate: 1 when chains agree, above 1.01 when they do not yet.
 

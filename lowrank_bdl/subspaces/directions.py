@@ -8,10 +8,12 @@ from lowrank_bdl.linalg.devices import generator_on
 from lowrank_bdl.linalg.hadamard import RandomizedHadamardLinearOperator
 from lowrank_bdl.linalg.lanczos import Eigenpairs
 from lowrank_bdl.linalg.memory import require_memory
+from lowrank_bdl.linalg.precision import exact
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.subspaces.subspace import Subspace
 
 
+@exact
 def random_subspace(
     layout: ParameterLayout | None,
     origin: Tensor,
@@ -75,6 +77,7 @@ def random_subspace(
     return result
 
 
+@exact
 def eigen_subspace(
     layout: ParameterLayout | None,
     origin: Tensor,

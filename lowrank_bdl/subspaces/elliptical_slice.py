@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_bdl.linalg.precision import exact
 from lowrank_bdl.subspaces.chains import Chains, CountedTarget, Kernel, State, UniformStream, normals, run_chains
 from lowrank_bdl.subspaces.draws import Draws
 from lowrank_bdl.subspaces.log_joint import Target
@@ -45,6 +46,7 @@ class EllipticalSlice(Kernel):
         return {"z": next_z, "log_likelihood": found.payload.where(found.moved, current)}, 1 / found.proposals
 
 
+@exact
 def elliptical_slice(
     log_joint: Target,
     num_samples: int,

@@ -12,6 +12,7 @@ from lowrank_bdl.linalg.factors import LowRankFactors
 from lowrank_bdl.linalg.frequent_directions import FrequentDirectionsSketch
 from lowrank_bdl.linalg.memory import require_memory
 from lowrank_bdl.linalg.moments import STATE_NAMES, StreamingMoments, first_unusable
+from lowrank_bdl.linalg.precision import exact_methods
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
 from lowrank_bdl.posteriors.iterates import flatten_finite
@@ -22,6 +23,7 @@ from lowrank_bdl.subspaces.principal import principal_directions
 from lowrank_bdl.subspaces.subspace import Subspace
 
 
+@exact_methods
 class FrequentDirections:
     r"""Sketch the covariance of all iterates :math:`\theta_1, \dots, \theta_T` in :math:`2 \ell` rows, T of any size.
 

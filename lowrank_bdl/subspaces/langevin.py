@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_bdl.linalg.precision import exact
 from lowrank_bdl.subspaces.chains import Chains, CountedTarget, Kernel, State, normals, run_chains
 from lowrank_bdl.subspaces.draws import Draws
 from lowrank_bdl.subspaces.log_joint import Target
@@ -54,6 +55,7 @@ class Langevin(Kernel):
         return moved, torch.ones_like(value)
 
 
+@exact
 def sgld(
     log_joint: Target,
     num_samples: int,
@@ -127,6 +129,7 @@ def sgld(
     )
 
 
+@exact
 def sghmc(
     log_joint: Target,
     num_samples: int,

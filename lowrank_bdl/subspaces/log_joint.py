@@ -15,6 +15,7 @@ from lowrank_bdl.curvature.loss_gradients import (
 )
 from lowrank_bdl.errors import LowRankBDLError, ShapeError
 from lowrank_bdl.linalg.devices import sums_device, to_float64
+from lowrank_bdl.linalg.precision import exact_methods
 from lowrank_bdl.linalg.transforms import differentiable_gradients, transformed
 from lowrank_bdl.parameters.batch_norm import recalibrate_batch_norm
 from lowrank_bdl.parameters.batches import CallFn, Data, TargetFn, fixed_batches, joined, split_batch
@@ -109,6 +110,7 @@ class _WithGradient(torch.autograd.Function):
         return *differentiable_gradients(ctx.again, (thetas,), (outer,), (True,)), None, None, None
 
 
+@exact_methods
 class LogJoint:
     r"""The function :math:`\log p(z, \mathcal D) = \tfrac1T \log p(\mathcal D \mid \theta(z)) + \log N(z; 0, s^2 I)`.
 

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from lowrank_bdl.errors import NonFiniteError
+from lowrank_bdl.linalg.precision import exact
 from lowrank_bdl.subspaces.ascent import ascend
 from lowrank_bdl.subspaces.chains import CountedTarget, normals, require_counts, seeded, starts
 from lowrank_bdl.subspaces.draws import Draws
 from lowrank_bdl.subspaces.log_joint import Target
 
 
+@exact
 def map_estimate(
     log_joint: Target,
     *,
@@ -101,6 +103,7 @@ def map_estimate(
     return target.described(z.detach(), "map", began, trace, settings)
 
 
+@exact
 def low_rank_gaussian(
     log_joint: Target,
     num_samples: int,

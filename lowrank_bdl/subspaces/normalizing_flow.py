@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_bdl.linalg.precision import exact
 from lowrank_bdl.subspaces.ascent import ascend
 from lowrank_bdl.subspaces.chains import CountedTarget, require_counts, seeded, starts
 from lowrank_bdl.subspaces.draws import Draws
@@ -16,6 +17,7 @@ from lowrank_bdl.subspaces.optional import import_optional, lent
 from lowrank_bdl.subspaces.variational import GaussianFamily
 
 
+@exact
 def normalizing_flow(
     log_joint: Target,
     num_samples: int = 100,

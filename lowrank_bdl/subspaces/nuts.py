@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_bdl.linalg.precision import exact
 from lowrank_bdl.progress import progress_bar
 from lowrank_bdl.subspaces.chains import Chains, CountedTarget, Kernel, State, require_counts, run_chains
 from lowrank_bdl.subspaces.draws import Draws
@@ -120,6 +121,7 @@ class Nuts(Kernel):
         return sampler
 
 
+@exact
 def nuts(
     log_joint: Target,
     num_samples: int,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.linalg.minka import minka_rank
+from lowrank_bdl.linalg.precision import exact
 from lowrank_bdl.linalg.principal_components import low_rank_components
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.posteriors.gaussian import GaussianPosterior
@@ -15,6 +16,7 @@ from lowrank_bdl.subspaces.deviations import Deviations, deviations_of, posterio
 from lowrank_bdl.subspaces.subspace import Subspace
 
 
+@exact
 def pca_subspace(
     source: SWAG | GaussianPosterior | Tensor,
     rank: int | float | Literal["mle"] | None = None,
@@ -100,6 +102,7 @@ def principal_directions(
     )
 
 
+@exact
 def covariance_subspace(
     source: SWAG | GaussianPosterior | Tensor, *, origin: Tensor | None = None, layout: ParameterLayout | None = None
 ) -> Subspace:
@@ -134,6 +137,7 @@ def covariance_subspace(
     return _subspace(deviations, basis.mT, check_finite=True, construction="covariance", rank=len(basis))
 
 
+@exact
 def principal_subspace(
     source: SWAG | GaussianPosterior,
     rank: int,

@@ -14,6 +14,7 @@ from lowrank_bdl.linalg.eigen import eigh_psd
 from lowrank_bdl.linalg.files import read_tensors, write_tensors
 from lowrank_bdl.linalg.hadamard import RandomizedHadamardLinearOperator
 from lowrank_bdl.linalg.moments import first_unusable
+from lowrank_bdl.linalg.precision import exact_methods
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.posteriors.storage import layout_difference, required
 
@@ -21,6 +22,7 @@ KIND = "subspace"
 """What a file of a subspace is said to hold."""
 
 
+@exact_methods
 class Subspace:
     r"""The weights :math:`\theta = \hat\theta + P z` for :math:`z \in R^k`.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lowrank_bdl.errors import NonFiniteError, ShapeError
+from lowrank_bdl.linalg.precision import exact_methods
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.posteriors.gaussian import sample_size
 from lowrank_bdl.posteriors.storage import StoredPosterior, required
@@ -15,6 +16,7 @@ from lowrank_bdl.subspaces.draws import Draws
 from lowrank_bdl.subspaces.subspace import Subspace
 
 
+@exact_methods
 class SubspacePosterior(StoredPosterior, kind="subspace posterior"):
     r"""The uniform distribution over the weights at M coordinates, :math:`\frac1M \sum_m \delta_{\theta(z_m)}`.
 

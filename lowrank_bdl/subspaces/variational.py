@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
+from lowrank_bdl.linalg.precision import exact
 from lowrank_bdl.subspaces.ascent import ascend
 from lowrank_bdl.subspaces.chains import CountedTarget, normals, require_counts, seeded, starts
 from lowrank_bdl.subspaces.draws import Draws
@@ -69,6 +70,7 @@ class GaussianFamily:
         return self._unit * self._log_std.exp().unsqueeze(-1) * unit
 
 
+@exact
 def variational(
     log_joint: Target,
     num_samples: int = 100,

@@ -8,12 +8,14 @@ from torch import Tensor
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.linalg.dense_basis import DenseBasis
 from lowrank_bdl.linalg.devices import norm_in_float64
+from lowrank_bdl.linalg.precision import exact, exact_methods
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.surfaces.surface import require_points
 
 _PARALLEL = 1e-7  # sine of the angle below which directions count as parallel
 
 
+@exact_methods
 class AffineSurface:
     r"""The weights :math:`\theta = \hat\theta + \sum_i x_i d_i`, as :class:`lowrank_bdl.Subspace`, of few directions.
 
@@ -89,6 +91,7 @@ class AffineSurface:
         return found.reshape(*theta.shape[:-1], self.rank)
 
 
+@exact
 def orthonormal(rows: Tensor) -> Tensor:
     """Return what Gram and Schmidt make of directions: the first keeps its line, each next what is orthogonal to those.
 

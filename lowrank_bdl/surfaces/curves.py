@@ -13,11 +13,13 @@ from typing_extensions import Self
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.linalg.devices import generator_on, sums_device
 from lowrank_bdl.linalg.moments import column_chunks
+from lowrank_bdl.linalg.precision import exact_methods
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.posteriors.storage import required
 from lowrank_bdl.surfaces.surface import Surface, require_points
 
 
+@exact_methods
 class Curve(Surface):
     r"""A curve :math:`\theta(t) = \sum_j c_j(t) \, w_j`, t in [0, 1], from the first of n points to the last.
 
@@ -307,6 +309,7 @@ class Curve(Surface):
         return f"num_points={self.num_points}, numel={self._vectors()[0].numel()}, {ends}"
 
 
+@exact_methods
 class BezierCurve(Curve, kind="Bezier curve"):
     r"""The curve :math:`\theta(t) = \sum_j \binom{n-1}{j} t^j (1 - t)^{n-1-j} w_j`.
 
@@ -340,6 +343,7 @@ class BezierCurve(Curve, kind="Bezier curve"):
         return 1
 
 
+@exact_methods
 class PolygonalChain(Curve, kind="polygonal chain"):
     r"""Straight lines from point to point, each in an equal part of [0, 1]: :math:`\theta(j / (n - 1)) = w_j`.
 

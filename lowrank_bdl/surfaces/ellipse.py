@@ -9,6 +9,7 @@ from torch import Tensor
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.linalg.dense_basis import DenseBasis
 from lowrank_bdl.linalg.eigen import eigh_psd
+from lowrank_bdl.linalg.precision import exact
 from lowrank_bdl.surfaces.plane import Plane
 
 
@@ -28,6 +29,7 @@ class HasMoments(Protocol):
         """D x D, every scale included."""
 
 
+@exact
 @torch.no_grad()
 def projected_gaussian(plane: Plane, posterior: HasMoments) -> tuple[Tensor, Tensor]:
     r"""Return mean and covariance of the coordinates that weights from a Gaussian have on a plane.
@@ -59,6 +61,7 @@ def projected_gaussian(plane: Plane, posterior: HasMoments) -> tuple[Tensor, Ten
     return plane.project(mean.to(plane.origin.dtype)).double(), (covariance + covariance.mT) / 2
 
 
+@exact
 def swag_ellipse(plane: Plane, posterior: HasMoments, sigmas: float = 3.0, num: int = 200) -> Tensor:
     r"""Return the ellipse at so many standard deviations from the mean of a Gaussian, projected on a plane.
 

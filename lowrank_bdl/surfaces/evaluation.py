@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from lowrank_bdl.curvature.loss_gradients import check_modes
 from lowrank_bdl.errors import NonFiniteError, ShapeError
 from lowrank_bdl.linalg.devices import norm_in_float64, sums_device, to_float64
+from lowrank_bdl.linalg.precision import exact
 from lowrank_bdl.parameters.batch_norm import recalibrate_batch_norm
 from lowrank_bdl.parameters.batches import CallFn, Data, TargetFn, fixed_batches, joined, split_batch, targets_of
 from lowrank_bdl.parameters.functional import FunctionalModel, evaluation_mode, is_plain_perceptron
@@ -128,6 +129,7 @@ def evaluate_points(
 ) -> PointValues: ...
 
 
+@exact
 @torch.no_grad()
 def evaluate_points(
     model: nn.Module,

@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 from lowrank_bdl.linalg.devices import norm_in_float64
+from lowrank_bdl.linalg.precision import exact
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.surfaces.surface import require_points
 
 
+@exact
 def filter_normalized(
     direction: Tensor, theta: Tensor, layout: ParameterLayout, *, ignore_vectors: bool = True
 ) -> Tensor:

@@ -5,11 +5,13 @@ from torch import Tensor
 
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.linalg.devices import sums_device, to_float64
+from lowrank_bdl.linalg.precision import exact, exact_methods
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.surfaces.affine import AffineSurface, orthonormal
 from lowrank_bdl.surfaces.surface import require_points
 
 
+@exact_methods
 class Plane(AffineSurface):
     r"""The weights :math:`\theta(x, y) = \hat\theta + x u + y v`.
 
@@ -174,6 +176,7 @@ class Plane(AffineSurface):
         return f"Plane(numel={len(self.origin)}, dtype={self.origin.dtype})"
 
 
+@exact
 def plane(origin: Tensor, u: Tensor, v: Tensor, layout: "ParameterLayout | None" = None) -> Plane:
     r"""Return the plane that two directions span at a point, with orthonormal directions: coordinates are distances.
 

@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 
 from lowrank_bdl.linalg.devices import norm_in_float64
+from lowrank_bdl.linalg.precision import exact, exact_methods
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.surfaces.affine import AffineSurface, orthonormal
 from lowrank_bdl.surfaces.surface import require_points
 
 
+@exact_methods
 class Ray(AffineSurface):
     r"""The weights :math:`\theta(t) = \hat\theta + t d`, for t of either sign.
 
@@ -95,6 +97,7 @@ class Ray(AffineSurface):
         return f"Ray(numel={len(self.origin)}, length={self.length:.4g}, dtype={self.origin.dtype})"
 
 
+@exact
 def ray(origin: Tensor, direction: Tensor, layout: "ParameterLayout | None" = None) -> Ray:
     r"""Return the ray from a point in a direction, scaled to length 1: t is the distance from the origin.
 

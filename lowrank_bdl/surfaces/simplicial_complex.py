@@ -14,6 +14,7 @@ from typing_extensions import Self
 from lowrank_bdl.errors import CheckpointError, ShapeError
 from lowrank_bdl.linalg.devices import generator_on, sums_device
 from lowrank_bdl.linalg.moments import column_chunks
+from lowrank_bdl.linalg.precision import exact_methods
 from lowrank_bdl.linalg.simplex_volume import log_simplex_volume
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.posteriors.gaussian import sample_size
@@ -21,6 +22,7 @@ from lowrank_bdl.posteriors.storage import required
 from lowrank_bdl.surfaces.surface import Surface, require_points
 
 
+@exact_methods
 class SimplicialComplex(Surface, kind="simplicial complex"):
     r"""Simplexes that share corners in weight space, and the uniform distribution over them.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.linalg.precision import exact_methods
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.posteriors.gaussian import sample_size
 from lowrank_bdl.posteriors.storage import StoredPosterior, join_states, layout_difference, split_states
@@ -24,6 +25,7 @@ class Surface(Protocol):
         """Draw, shape ``(n, D)``."""
 
 
+@exact_methods
 class SurfaceEnsemble(StoredPosterior, kind="surface ensemble"):
     """The mixture of M surfaces' distributions in equal shares; there is no density.
 

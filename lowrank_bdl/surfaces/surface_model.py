@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.linalg.precision import callers_precision, exact_methods
 from lowrank_bdl.parameters.functional import FunctionalModel
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.substitution import Substitution
 from lowrank_bdl.surfaces.surface import Surface
 
 
+@exact_methods
 class SurfaceModel(nn.Module):
     r"""A network on a curve or simplex of weights: :math:`\theta` is drawn from the surface at every forward pass.
 
@@ -95,7 +97,8 @@ class SurfaceModel(nn.Module):
             theta = self.surface.center_theta()
         device = next(self.model.parameters()).device  # a surface may keep its points elsewhere, such as on the host
         weights = self._network.named(theta.to(device))
-        return self._substitution(weights, lambda: self.model(*args, **kwargs))
+        with callers_precision():
+            return self._substitution(weights, lambda: self.model(*args, **kwargs))
 
     def draw(self) -> Tensor:
         """Draw θ once, shape ``(D,)``, differentiably in the surface's trained points."""

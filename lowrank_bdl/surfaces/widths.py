@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.linalg.dense_basis import DenseBasis
 from lowrank_bdl.linalg.devices import generator_on, norm_in_float64, sums_device, to_float64
+from lowrank_bdl.linalg.precision import exact
 from lowrank_bdl.linalg.principal_components import low_rank_components
 from lowrank_bdl.parameters.batches import Data
 from lowrank_bdl.parameters.layout import ParameterLayout
@@ -135,6 +136,7 @@ class _Star:
         return torch.addcmul(self.origin, distances, self.directions[rays])
 
 
+@exact
 def width_profile(
     model: nn.Module,
     origin: Tensor,
@@ -216,6 +218,7 @@ def _evaluated(
     return evaluate_points(model, points, data, loss_fn, known=known, **options).reshape(*shape)
 
 
+@exact
 def pca_width(
     model: nn.Module,
     span: Span,
@@ -261,6 +264,7 @@ def pca_width(
     )
 
 
+@exact
 def swag_width(
     model: nn.Module,
     posterior: GaussianPosterior,
@@ -316,6 +320,7 @@ class _Columns:
     basis: Tensor
 
 
+@exact
 def orthogonal_width(
     model: nn.Module,
     span: Span,

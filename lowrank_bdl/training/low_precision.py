@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.linalg.precision import callers_precision
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.substitution import Substitution
 from lowrank_bdl.training.checked_optimizer import SGD_BOUNDS, Bound, CheckedOptimizer
@@ -248,7 +249,8 @@ class QuantizedModel(nn.Module):
         Returns:
             What the network returns.
         """
-        return self._substitution(self._rounded(), lambda: self.model(*args, **kwargs))
+        with callers_precision():
+            return self._substitution(self._rounded(), lambda: self.model(*args, **kwargs))
 
     def _rounded(self) -> dict[str, Tensor]:
         """The weight matrices on their levels, with the gradients of the matrices themselves."""

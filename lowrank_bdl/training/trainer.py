@@ -157,12 +157,12 @@ class Trainer:
         self.optimizer.zero_grad()
         with self._precision():
             loss, output = self.loss(self.model, inputs, targets)
+        with torch.autocast(self.device.type, enabled=False):  # the passes have chosen their precision in the forward
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         if self.scaler is None:
-            loss.backward()
             self._clip()
             self.optimizer.step()
         else:
-            self.scaler.scale(loss).backward()
             self.scaler.unscale_(self.optimizer)
             self._clip()
             self.scaler.step(self.optimizer)

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from lowrank_bdl.linalg.devices import generator_on
+from lowrank_bdl.linalg.precision import callers_precision, exact_methods
 from lowrank_bdl.parameters.layout import ParameterLayout
 from lowrank_bdl.parameters.selection import Selector
 from lowrank_bdl.parameters.substitution import Substitution
 from lowrank_bdl.posteriors.gaussian import GaussianPosterior
 
 
+@exact_methods
 class MeanFieldModel(nn.Module):
     r"""A network with independent Gaussian weights, :math:`q(\theta) = N(\mu, \mathrm{diag}(\sigma^2))`.
 
@@ -87,7 +89,8 @@ class MeanFieldModel(nn.Module):
         """
         if not self.training:
             return self.model(*args, **kwargs)
-        return self._substitution(self.draw(), lambda: self.model(*args, **kwargs))
+        with callers_precision():
+            return self._substitution(self.draw(), lambda: self.model(*args, **kwargs))
 
     def draw(self) -> dict[str, Tensor]:
         """Draw the weights once, differentiably in μ and ρ.
