@@ -24,7 +24,7 @@ from lowrank_bdl.linalg.precision import exact, exact_methods
 from lowrank_bdl.linalg.ring_buffer import DeviationBuffer
 from lowrank_bdl.parameters.batches import CallFn, TargetFn
 from lowrank_bdl.parameters.layout import ParameterLayout
-from lowrank_bdl.parameters.loss_terms import LossFn, Reduction
+from lowrank_bdl.parameters.loss_terms import LossFn, NumTerms, Reduction
 from lowrank_bdl.parameters.memory_estimates import estimate_memory
 from lowrank_bdl.parameters.selection import Selector
 
@@ -47,9 +47,9 @@ class GradientCovariance:
     with N - 1 as divisor). Of older gradients only the variances are kept: beyond K + 1 gradients the off-diagonal part
     is K / T of its value on average; :attr:`recent_covariance` is unbiased in every entry.
 
-    Batches weigh by their numbers of examples, whatever ``loss_fn`` divides by: where class weights or ignored targets
-    make that another number, the mean of the gradients depends on how the data are cut into batches; pass the loss as a
-    sum (``reduction="sum"``), whose gradients are over the number of examples.
+    Where the mean of ``loss_fn`` divides by something else than examples (class weights, ignored targets, entries),
+    :math:`S_t g_t` is the gradient of the sum of a batch's terms, and all gradients are scaled by N over the number of
+    terms seen: m is the gradient of the mean over all the data, however these are cut into batches.
 
     Weight decay adds no noise and is no part of the gradients. Dropout is off. With ``bn_mode="train"`` a batch's
     gradient is not the mean of its examples' own; quantities for another batch size are then approximate.
@@ -62,6 +62,8 @@ class GradientCovariance:
         include: Parameters to differentiate by, by name pattern or predicate; all that require a gradient if None.
         exclude: Parameters to leave out of these.
         reduction: Whether ``loss_fn`` gives the ``"mean"`` or the ``"sum"`` over a batch.
+        num_terms: ``num_terms(outputs, targets)`` gives what the mean of a batch divides by; None asks torch's own
+            losses, and takes the number of examples for others.
         bn_mode: Batch norm by stored statistics (``"eval"``) or by the batch's (``"train"``); the stored ones are left
             as they are.
         call_fn: ``call_fn(model, batch)`` gives the outputs; None calls ``model(x)``, or
@@ -109,6 +111,7 @@ class GradientCovariance:
         exclude: "Selector | None" = None,
         reduction: Reduction = "mean",
         bn_mode: BatchNormMode = "eval",
+        num_terms: NumTerms | None = None,
         call_fn: CallFn | None = None,
         target_fn: TargetFn | None = None,
     ) -> None:
@@ -126,6 +129,7 @@ class GradientCovariance:
             loss_fn,
             reduction=reduction,
             bn_mode=bn_mode,
+            num_terms=num_terms,
             call_fn=call_fn,
             target_fn=target_fn,
         )
@@ -148,6 +152,7 @@ class GradientCovariance:
             tensor.zero_()
         self.num_gradients = 0
         self.batch_size = 0
+        self._num_terms: Tensor | float = 0
         self._sizes: deque[int] = deque(maxlen=self.rank + 1)
         self._reference: dict[str, Tensor] | None = None
 
@@ -175,21 +180,26 @@ class GradientCovariance:
     def _update(self, batch: Any) -> None:
         inputs, targets, size = self._gradients.split(batch)
         if not self.per_example:
-            gradient = self._gradients.of_batch((inputs, targets), size)
+            gradient, number = self._gradients.of_batch((inputs, targets), size)
             if self._look_at(gradient.unsqueeze(0)) == 0:
                 self._refuse(gradient, "")
             self._count(gradient, size)
+            self._num_terms = self._num_terms + number
             return
         counted = 0
-        for gradients in self._gradients.of_examples((inputs, targets)):
-            usable = self._look_at(gradients, weights=counted == 0)
-            for gradient in gradients[:usable]:
-                self._count(gradient, 1)
-            counted += usable
-            if usable < len(gradients):
-                self._refuse(
-                    gradients[usable], f" in example {counted} of the batch; the {counted} before it were counted"
-                )
+        try:
+            for gradients in self._gradients.of_examples((inputs, targets)):
+                usable = self._look_at(gradients, weights=counted == 0)
+                for gradient in gradients[:usable]:
+                    self._count(gradient, 1)
+                counted += usable
+                if usable < len(gradients):
+                    self._refuse(
+                        gradients[usable], f" in example {counted} of the batch; the {counted} before it were counted"
+                    )
+        finally:
+            if counted:
+                self._num_terms = self._num_terms + self._gradients.number_of_terms((inputs, targets), counted)
 
     @torch.no_grad()
     def _count(self, gradient: Tensor, size: int) -> None:
@@ -263,13 +273,13 @@ class GradientCovariance:
     def mean(self) -> Tensor:
         """The mean gradient over all examples seen, shape ``(D,)`` [loss / parameter]; a new tensor."""
         self._require(1)
-        return self._moments.mean
+        return self._moments.mean.mul_(self._scale)
 
     @property
     def variance(self) -> Tensor:
         """Variance of each entry of the gradient of :attr:`batch_size` examples, shape ``(D,)``; a new tensor."""
         self._require(2)
-        return self._moments.sum_sq / ((self.num_gradients - 1) * self.batch_size)
+        return self._moments.sum_sq * (self._scale**2 / ((self.num_gradients - 1) * self.batch_size))
 
     @property
     def covariance(self) -> LowRankPlusDiagLinearOperator:
@@ -311,7 +321,7 @@ class GradientCovariance:
             return LowRankPlusDiagLinearOperator(root, diag, mix=mix / math.sqrt(divisor * self.batch_size)).pin()
 
     def _root(self) -> tuple[Tensor, Tensor, bool]:
-        r"""Return stored rows, the float64 mix that makes :math:`\sqrt{S_t} (g_t - m)` of them, and if for every t.
+        r"""Return stored rows, the float64 mix that makes scaled :math:`\sqrt{S_t} (g_t - m)` of them, and if for all t.
 
         A row is :math:`d_t = g_t - m_t` with the running mean, and :math:`m_s - m_{s-1} = d_s S_s / N_{s-1}`, hence
         :math:`g_t - m = d_t - \sum_{s>t} d_s S_s / N_{s-1}`, for t = 1 as well, whose own :math:`d_1` is zero.
@@ -329,7 +339,17 @@ class GradientCovariance:
             columns = torch.cat([-steps * math.sqrt(self._sizes[0]), columns], dim=1)
         mix = torch.empty_like(columns)
         mix[order] = columns
-        return self._buffer.storage[:stored].mT, mix, complete
+        return self._buffer.storage[:stored].mT, mix.mul_(self._scale), complete
+
+    @property
+    def _scale(self) -> float:
+        """N over the number of terms seen."""
+        number = float(self._num_terms)
+        if not number > 0:
+            raise ValueError(
+                f"the loss must have terms; the {self.num_gradients} gradients seen have {number:g} in all."
+            )
+        return self.num_examples / number
 
     def _require(self, number: int) -> None:
         if self.num_gradients < number:
@@ -342,7 +362,7 @@ class GradientCovariance:
         """Trace of V, the gradient being that of :attr:`batch_size` examples; unbiased, from all gradients seen."""
         self._require(2)
         total = float(sum_in_float64(self._moments.sum_sq, 0))
-        return total / ((self.num_gradients - 1) * self.batch_size)
+        return total * self._scale**2 / ((self.num_gradients - 1) * self.batch_size)
 
     @property
     def squared_gradient_norm(self) -> float:

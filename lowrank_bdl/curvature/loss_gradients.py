@@ -13,7 +13,7 @@ from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.parameters.batches import CallFn, TargetFn, joined, split_batch
 from lowrank_bdl.parameters.functional import StatelessModel, evaluation_mode
 from lowrank_bdl.parameters.layout import ParameterLayout
-from lowrank_bdl.parameters.loss_terms import LossFn, Reduction, scalar_loss
+from lowrank_bdl.parameters.loss_terms import LossFn, LossTerms, NumTerms, Reduction
 
 BatchNormMode: TypeAlias = Literal["eval", "train"]
 
@@ -60,6 +60,7 @@ class LossGradients:
         layout: With respect to which parameters.
         loss_fn: ``loss_fn(outputs, targets)`` gives a scalar.
         reduction: Whether that is the mean or the sum over the examples of a batch.
+        num_terms: What a mean divides by; see `LossTerms`.
         bn_mode: See `batch_norm_mode`.
         call_fn: ``call_fn(model, batch)`` gives the outputs; None calls ``model(x)``, or
             ``model(**entries).logits`` on a mapping without its targets.
@@ -69,7 +70,7 @@ class LossGradients:
         >>> net = nn.Linear(2, 1, bias=False)
         >>> gradients = LossGradients(net, ParameterLayout.from_module(net), lambda f, y: (f - y).mean())
         >>> gradients.of_batch((torch.tensor([[1.0, 2.0], [3.0, 6.0]]), torch.zeros(2, 1)), 2)
-        tensor([2., 4.])
+        (tensor([2., 4.]), 2)
     """
 
     def __init__(
@@ -80,25 +81,26 @@ class LossGradients:
         *,
         reduction: Reduction = "mean",
         bn_mode: BatchNormMode = "eval",
+        num_terms: NumTerms | None = None,
         call_fn: CallFn | None = None,
         target_fn: TargetFn | None = None,
     ) -> None:
         check_modes(reduction, bn_mode)
-        self.model, self.layout, self.loss_fn = model, layout, loss_fn
-        self.reduction, self.bn_mode = reduction, bn_mode
+        self.model, self.layout, self.bn_mode = model, layout, bn_mode
+        self._terms = LossTerms(loss_fn, reduction, num_terms)
         self._network = StatelessModel(model, call_fn)
         self._target_fn = target_fn
         self._each = ExampleGradients(
-            lambda weights, inputs, targets: self._network(weights, joined(inputs, targets)),
-            lambda outputs, targets: scalar_loss(loss_fn, outputs, targets, reduction),
+            self._outputs,
+            self._terms.total,
         )
 
     def split(self, batch: Any) -> tuple[Any, Any, int]:
         """Return a batch ``(x, y)`` on the model's device, and its number of examples, as `split_batch`."""
         return split_batch(batch, self._network.device, self._target_fn)
 
-    def of_batch(self, batch: tuple[Any, Tensor], size: int) -> Tensor:
-        """Return the gradient of the mean loss of a batch, shape ``(D,)``.
+    def of_batch(self, batch: tuple[Any, Tensor], size: int) -> "tuple[Tensor, Tensor | float]":
+        """Return the gradient of the sum of a batch's terms over its examples, ``(D,)``, and the number of terms.
 
         Args:
             batch: ``(x, y)`` as :meth:`split` gives it.
@@ -111,7 +113,8 @@ class LossGradients:
         """
         with batch_norm_mode(self.model, self.bn_mode), torch.enable_grad():
             weights = {name: weight.requires_grad_() for name, weight in self._weights().items()}
-            loss = self._loss(weights, *batch)
+            outputs = self._outputs(weights, *batch)
+            loss, number = self._terms.total(outputs, batch[1]), self._terms.number(outputs, batch[1])
             if not loss.requires_grad:
                 raise ShapeError(f"The loss must depend on the {len(weights)} parameters given; it does not.")
             found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
@@ -119,11 +122,24 @@ class LossGradients:
             name: torch.zeros_like(weight) if gradient is None else gradient
             for (name, weight), gradient in zip(weights.items(), found, strict=True)
         }
-        flat = self.layout.flatten(named)
-        return flat.div_(size) if self.reduction == "sum" else flat
+        return self.layout.flatten(named).div_(size), number
+
+    @torch.no_grad()
+    def number_of_terms(self, batch: tuple[Any, Tensor], first: int) -> "Tensor | float":
+        """Return the number of terms of the ``first`` examples of a batch.
+
+        Cost: a forward pass unless the targets alone tell.
+        """
+        inputs, targets = batch
+        found = self._terms.number_by_targets(targets[:first])
+        if found is not None:
+            return found
+        with batch_norm_mode(self.model, self.bn_mode):
+            outputs = self._outputs(self._weights(), inputs, targets)
+        return self._terms.number(outputs[:first], targets[:first])
 
     def of_examples(self, batch: tuple[Any, Tensor]) -> Iterator[Tensor]:
-        """Yield the gradients of each example's loss, shape ``(B, D)`` with B bounded by memory.
+        """Yield the gradients of the sum of each example's terms, shape ``(B, D)`` with B bounded by memory.
 
         Args:
             batch: ``(x, y)`` as :meth:`split` gives it, the examples being those of y's first axis.
@@ -145,6 +161,5 @@ class LossGradients:
     def _weights(self) -> dict[str, Tensor]:
         return dict(zip(self.layout.names, (p.detach() for p in self.layout.parameters_of(self.model)), strict=True))
 
-    def _loss(self, weights: Mapping[str, Tensor], inputs: Any, targets: Any) -> Tensor:
-        outputs = self._network(weights, joined(inputs, targets))
-        return scalar_loss(self.loss_fn, outputs, targets, self.reduction)
+    def _outputs(self, weights: Mapping[str, Tensor], inputs: Any, targets: Any) -> Any:
+        return self._network(weights, joined(inputs, targets))

@@ -122,7 +122,9 @@ class LossTerms:
         if self._sum_fn is None or not isinstance(outputs, Tensor):
             return len(targets)
         if self._kind in _CLASS_LOSSES:
-            return self._number_of_classes(outputs, targets)
+            if targets.is_floating_point():  # probabilities: positions count alike, whatever the weights
+                return targets.numel() // outputs.shape[1 if outputs.ndim > 1 else 0]
+            return self._number_of_classes(targets)
         if self._per_row:
             return len(outputs)
         if self._kind in _ROW_LOSSES:
@@ -132,6 +134,15 @@ class LossTerms:
             total: Tensor = self._weight.expand(shape).sum()
             return total
         return int(shape.numel())
+
+    def number_by_targets(self, targets: Tensor) -> "Tensor | float | None":
+        """Return the number of terms of a batch where its targets tell it without the outputs, else None."""
+        if self._num_terms is not None:
+            return None
+        if self._sum_fn is None:
+            return len(targets)
+        known = self._kind in _CLASS_LOSSES and not targets.is_floating_point()
+        return self._number_of_classes(targets) if known else None
 
     def examples(self, targets: Tensor) -> "Tensor | int":
         """Return how many examples of a batch have a target that is not ignored."""
@@ -144,9 +155,7 @@ class LossTerms:
         assert self.ignore_index is not None
         return torch.ne(targets, self.ignore_index)
 
-    def _number_of_classes(self, outputs: Tensor, targets: Tensor) -> "Tensor | float":
-        if targets.is_floating_point():  # probabilities: positions count alike, whatever the weights
-            return targets.numel() // outputs.shape[1 if outputs.ndim > 1 else 0]
+    def _number_of_classes(self, targets: Tensor) -> Tensor:
         kept = self._kept(targets)
         if self._weight is None:
             return kept.sum()

@@ -4,6 +4,7 @@ The expectations here are exact sums over every possible outcome, so that their 
 divisor (T in place of T - 1, no correction for the mean) fails by 10 % or more.
 """
 
+from functools import partial
 from itertools import permutations, product
 
 import pytest
@@ -422,3 +423,77 @@ def test_a_gradient_that_is_not_finite_is_named_and_not_counted():
     with pytest.raises(NonFiniteError, match="in example 3 of the batch; the 3 before it were counted"):
         noise.update((bad, y))
     assert_close(noise.mean, example_gradients(net, x[:3], y[:3]).mean(0))
+
+
+WEIGHTED = {
+    "weights": nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)),
+    "ignored": nn.CrossEntropyLoss(ignore_index=2),
+    "smoothed": partial(
+        cross_entropy, weight=torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64), label_smoothing=0.1, ignore_index=1
+    ),
+    "entries": nn.MSELoss(),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+@pytest.mark.parametrize("per_example", [False, True])
+@pytest.mark.parametrize("sizes", [[12], [5, 7], [1, 3, 8], [1] * 12])
+def test_the_mean_is_that_of_the_loss_over_all_data_however_they_are_cut(name, per_example, sizes):
+    """Whatever the mean divides by; and gradients an example have the covariance of the scaled terms."""
+    torch.manual_seed(0)
+    net, loss_fn = nn.Linear(4, 3).double(), WEIGHTED[name]
+    x, y = torch.randn(12, 4, dtype=torch.float64), torch.tensor([0, 1, 2] * 4)
+    if name == "entries":
+        y = torch.randn(12, 3, dtype=torch.float64)
+    noise = GradientCovariance(net, loss_fn, rank=20, per_example=per_example)
+    for batch in zip(x.split(sizes), y.split(sizes), strict=True):
+        noise.update(batch)
+    weights = list(net.parameters())
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss_fn(net(x), y), weights)])
+    torch.testing.assert_close(noise.mean, expected, rtol=1e-10, atol=1e-12)
+    if per_example:
+        if name == "entries":
+            rows = [(loss_fn(net(x[i : i + 1]), y[i : i + 1]), 1.0) for i in range(12)]
+        else:
+            of = loss_fn.weight if name == "weights" else loss_fn.keywords["weight"] if name == "smoothed" else None
+            of = torch.ones(3, dtype=torch.float64) if of is None else of
+            kept = {"weights": -100, "ignored": 2, "smoothed": 1}[name]
+            counts = [0.0 if int(label) == kept else of[label].item() for label in y]
+            mean = sum(counts) / 12
+            rows = [
+                (loss_fn(net(x[i : i + 1]), y[i : i + 1]) if c else (net(x[i : i + 1]) * 0).sum(), c / mean)
+                for i, c in enumerate(counts)
+            ]
+        terms = torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(r, weights)]) * c for r, c in rows])
+        torch.testing.assert_close(noise.covariance.to_dense(), torch.cov(terms.mT), rtol=1e-8, atol=1e-12)
+
+
+def test_a_named_number_of_terms():
+    """Padded sequences: a home-made mean over the positions that are not padding."""
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2).double()
+    x, y = torch.randn(9, 5, 3, dtype=torch.float64), torch.randint(2, (9, 5))
+    y[torch.arange(5) >= torch.tensor([1, 5, 2, 4, 3, 1, 5, 5, 1])[:, None]] = -1
+
+    def loss_fn(outputs, targets):
+        kept = targets >= 0
+        each = cross_entropy(outputs.mT, targets.clamp_min(0), reduction="none")
+        return (each * kept).sum() / kept.sum()
+
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss_fn(net(x), y), list(net.parameters()))])
+    for per_example in (False, True):
+        for sizes in ([9], [2, 7], [4, 5]):
+            noise = GradientCovariance(
+                net, loss_fn, rank=9, per_example=per_example, num_terms=lambda outputs, targets: (targets >= 0).sum()
+            )
+            for batch in zip(x.split(sizes), y.split(sizes), strict=True):
+                noise.update(batch)
+            torch.testing.assert_close(noise.mean, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_loss_without_terms_has_no_mean():
+    noise = GradientCovariance(nn.Linear(2, 2), nn.CrossEntropyLoss(ignore_index=0), rank=2)
+    for _ in range(2):
+        noise.update((torch.randn(3, 2), torch.zeros(3, dtype=torch.int64)))
+    with pytest.raises(ValueError, match="the loss must have terms; the 2 gradients seen have 0 in all"):
+        _ = noise.mean
