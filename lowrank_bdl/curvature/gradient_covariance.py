@@ -273,6 +273,9 @@ class GradientCovariance:
     def mean(self) -> Tensor:
         """The mean gradient over all examples seen, shape ``(D,)`` [loss / parameter]; a new tensor."""
         self._require(1)
+        number = self._num_terms
+        if isinstance(number, Tensor) and number.device.type != "cpu":  # without waiting; NaN if there are no terms
+            return self._moments.mean * (self.num_examples / number)
         return self._moments.mean.mul_(self._scale)
 
     @property
@@ -321,7 +324,7 @@ class GradientCovariance:
             return LowRankPlusDiagLinearOperator(root, diag, mix=mix / math.sqrt(divisor * self.batch_size)).pin()
 
     def _root(self) -> tuple[Tensor, Tensor, bool]:
-        r"""Return stored rows, the float64 mix that makes scaled :math:`\sqrt{S_t} (g_t - m)` of them, and if for all t.
+        r"""Return stored rows, the float64 mix that makes scaled :math:`\sqrt{S_t} (g_t - m)` of them, and if for all.
 
         A row is :math:`d_t = g_t - m_t` with the running mean, and :math:`m_s - m_{s-1} = d_s S_s / N_{s-1}`, hence
         :math:`g_t - m = d_t - \sum_{s>t} d_s S_s / N_{s-1}`, for t = 1 as well, whose own :math:`d_1` is zero.
