@@ -168,7 +168,7 @@ def fisher_sums(
     network = FunctionalModel(model, layout, call_fn)
     layers = find_layers(model, layout)
     sums: _Accumulators | None = None
-    num_data, total, told_apart, backward = 0, 0.0, False, Backward()
+    num_seen, num_data, total, told_apart, backward = 0, 0, 0.0, False, Backward()
     # a compiled network would not call the layers' hooks
     with evaluation_mode(model), uncompiled(), torch.inference_mode(False), torch.enable_grad():
         weights = {name: value.detach().clone().requires_grad_() for name, value in network.named(theta).items()}
@@ -184,12 +184,19 @@ def fisher_sums(
             outputs, targets = likelihood.check(raw, targets)
             if not outputs.requires_grad:
                 raise ShapeError(f"The output must depend on the {len(layout.names)} parameters given; it does not.")
+            ignored = likelihood.any_ignored(targets)
+            if ignored and sums.kronecker:
+                raise ShapeError(
+                    f"Every target must count in Kronecker factors; got ignored ones in batch {number}. Leave their "
+                    "examples out, or take diagonals."
+                )
             _require_finite(outputs, number)
             value = likelihood.log_likelihood(outputs, targets).item()
             if not abs(value) < float("inf"):
                 raise NonFiniteError(f"The log-likelihood must be finite; got {value} in batch {number}.")
-            num_data, total = num_data + len(outputs), total + value
-            first_of_several = not told_apart and num_data > len(outputs) > 1  # one example is on every axis
+            counted = int(likelihood.examples(targets))
+            num_seen, num_data, total = num_seen + len(outputs), num_data + counted, total + value
+            first_of_several = not told_apart and num_seen > len(outputs) > 1  # one example is on every axis
             sound = _trusted(network, weights, list(sums.recorded.values()), inputs) if first_of_several else None
             told_apart = told_apart or len(outputs) > 1
             for name, layer in sums.recorded.items():
@@ -201,7 +208,7 @@ def fisher_sums(
             sums.add_inputs(calls)
             end, scores = outputs, likelihood.scores(outputs, targets, labels, generator)
             rows = outputs.movedim(likelihood.feature_axis, -1)
-            last = _last_layer(sums.recorded, calls, rows) if labels == "expected" else None
+            last = _last_layer(sums.recorded, calls, rows) if labels == "expected" and not ignored else None
             if last is not None:
                 call = calls.pop(last)[0]
                 sums.add_last(last, call, *likelihood.output_fisher(rows.flatten(0, -2)))
@@ -217,8 +224,10 @@ def fisher_sums(
                 if sums.examples is not None:
                     for score in block:
                         sums.examples.add(inputs, score)
-        if sums is None or not num_data:
+        if sums is None or not num_seen:
             raise ShapeError("The loader must give at least one example; got none (an exhausted iterator?).")
+        if not num_data:
+            raise ShapeError(f"A target of at least one example must count; all of the {num_seen} are ignored.")
         return sums.sums(num_data, total)
 
 

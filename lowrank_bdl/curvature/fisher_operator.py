@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from lowrank_bdl.curvature.ggn import GaussNewtonLinearOperator, OutputProduct
 from lowrank_bdl.curvature.loss_gradients import BatchNormMode
-from lowrank_bdl.curvature.scores import GaussianScores, Labels, resolve_scores
+from lowrank_bdl.curvature.scores import BernoulliScores, GaussianScores, Labels, resolve_scores
 from lowrank_bdl.parameters.batches import CallFn, Data, TargetFn
 from lowrank_bdl.parameters.layout import ParameterLayout
+from lowrank_bdl.parameters.likelihoods import IGNORED
 from lowrank_bdl.parameters.selection import Selector
 
 FisherKind: TypeAlias = Literal["expected", "sampled", "empirical"]
@@ -34,7 +35,8 @@ class FisherLinearOperator(GaussNewtonLinearOperator):
 
     Args:
         model: The network, not changed. The weights are those it has now.
-        likelihood: ``"categorical"`` (outputs are logits ``(N, C, *positions)``) or ``"gaussian"`` (means ``(N, *S)``).
+        likelihood: ``"categorical"`` (outputs are logits ``(N, C, *positions)``; targets of -100 count nowhere),
+            ``"bernoulli"`` (logits ``(N, *S)``, targets in [0, 1]) or ``"gaussian"`` (means ``(N, *S)``).
         data: As for `HessianLinearOperator`; the targets are used only by ``kind="empirical"``, but always checked.
         kind: Which Fisher matrix.
         noise_variance: Of the Gaussian likelihood [unit of y, squared].
@@ -101,6 +103,7 @@ class FisherLinearOperator(GaussNewtonLinearOperator):
             target_fn=target_fn,
         )
         self.kind: FisherKind = kind
+        self._counted: Tensor | int = 0
         self._num_samples = num_samples
         if kind == "sampled":
             place = "cpu" if generator is None else generator.device
@@ -111,13 +114,21 @@ class FisherLinearOperator(GaussNewtonLinearOperator):
     def _batch_factor(self, size: int) -> float:
         return 1.0
 
+    def _num_terms(self, size: int) -> "Tensor | float":
+        return self._counted
+
     def _output_product(self, outputs: Tensor, targets: Tensor, generator: torch.Generator | None) -> OutputProduct:
         outputs, targets = self._scores.check(outputs, targets)
+        self._counted = self._scores.examples(targets)
         if self.kind == "expected":
             if isinstance(self._scores, GaussianScores):
                 precision = 1 / self._scores.noise_variance
                 return lambda vectors: vectors * precision
+            if isinstance(self._scores, BernoulliScores):
+                variance = self._scores.variance(outputs).to(outputs.dtype)
+                return lambda vectors: vectors * variance
             probs = outputs.to(torch.promote_types(outputs.dtype, torch.float32)).softmax(1)
+            probs = probs * (targets != IGNORED).unsqueeze(1)
             return lambda vectors: _covariance_product(probs, vectors)
         rounds = range(self._num_samples)
         drawn = [self._scores.scores(outputs, targets, _LABELS[self.kind], generator) for _ in rounds]

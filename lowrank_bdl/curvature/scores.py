@@ -18,9 +18,10 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax, one_hot
+from torch.nn.functional import binary_cross_entropy_with_logits, log_softmax, one_hot
 
 from lowrank_bdl.errors import ShapeError
+from lowrank_bdl.parameters.likelihoods import IGNORED
 
 Labels: TypeAlias = Literal["true", "sampled", "expected"]
 LABELS: tuple[Labels, ...] = ("true", "sampled", "expected")
@@ -37,6 +38,12 @@ class OutputLikelihood(Protocol):
 
     def check(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """Return outputs and targets in the form the other methods take; raises ShapeError."""
+
+    def examples(self, targets: Tensor) -> "Tensor | int":
+        """Return how many examples of a batch have a target that counts."""
+
+    def any_ignored(self, targets: Tensor) -> bool:
+        """Return whether a target does not count: `output_fisher` and `pulled_fisher` do not know of it."""
 
     def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the sum of log p(y | f) over a batch, all constants included, as a float64 scalar [nat]."""
@@ -59,6 +66,17 @@ def _float_tensor(outputs: Any) -> Tensor:
     return outputs
 
 
+def _of_one_shape(outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    """Return outputs and targets of one shape, these in float64; a last axis of length 1 of theirs may be missing."""
+    outputs = _float_tensor(outputs)
+    shape = outputs.shape
+    if isinstance(targets, Tensor) and shape[-1:] == (1,) and targets.shape == shape[:-1]:
+        targets = targets.unsqueeze(-1)
+    if not isinstance(targets, Tensor) or targets.shape != shape or not shape or targets.is_complex():
+        raise ShapeError(f"Targets must have the shape of the output, {tuple(shape)}; got {_describe(targets)}.")
+    return outputs, targets.double()
+
+
 def _describe(value: Any) -> str:
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
@@ -78,7 +96,8 @@ def _random(shape: torch.Size, like: Tensor, generator: torch.Generator | None, 
 class CategoricalScores:
     r"""Classification by softmax.
 
-    :math:`\nabla_f (-\log p(y \mid f)) = p - e_y` and :math:`E[s s^\top] = \mathrm{diag}(p) - p p^\top`.
+    :math:`\nabla_f (-\log p(y \mid f)) = p - e_y` and :math:`E[s s^\top] = \mathrm{diag}(p) - p p^\top`; both are zero
+    where the target is -100, which torch's losses ignore.
 
     Example:
         >>> logits = torch.zeros(1, 2)
@@ -108,12 +127,21 @@ class CategoricalScores:
         wrong = not isinstance(targets, Tensor) or targets.is_floating_point() or targets.is_complex()
         if wrong or targets.shape != shape:
             raise ShapeError(f"Targets must be integer class indices of shape {shape}; got {_describe(targets)}.")
-        if targets.numel() and not bool(((targets >= 0) & (targets < outputs.shape[1])).all()):
+        inside = (targets >= 0) & (targets < outputs.shape[1]) | (targets == IGNORED)
+        if targets.numel() and not bool(inside.all()):
             raise ShapeError(
                 f"Class indices must be in [0, {outputs.shape[1]}); "
                 f"got values from {targets.min().item()} to {targets.max().item()}."
             )
         return outputs, targets.long()
+
+    def examples(self, targets: Tensor) -> Tensor:
+        """Return how many examples have a target that is not ignored."""
+        return (targets != IGNORED).flatten(1).any(1).sum() if targets.ndim > 1 else (targets != IGNORED).sum()
+
+    def any_ignored(self, targets: Tensor) -> bool:
+        """Return whether a target is ignored."""
+        return bool((targets == IGNORED).any())
 
     def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the sum of log p(y | f).
@@ -125,7 +153,9 @@ class CategoricalScores:
         Returns:
             A float64 scalar [nat].
         """
-        return log_softmax(outputs.detach().double(), dim=1).gather(1, targets.unsqueeze(1)).sum()
+        kept = targets != IGNORED
+        logs = log_softmax(outputs.detach().double(), dim=1).gather(1, targets.where(kept, 0).unsqueeze(1))
+        return logs.squeeze(1).where(kept, 0).sum()
 
     def scores(
         self, outputs: Tensor, targets: Tensor, labels: Labels, generator: torch.Generator | None
@@ -142,17 +172,19 @@ class CategoricalScores:
             Tensors of the outputs' shape and dtype.
         """
         probs = _at_least_single(outputs).softmax(1).movedim(1, -1)  # (N, *positions, C)
-        classes = probs.shape[-1]
+        classes, kept = probs.shape[-1], targets != IGNORED
         if labels != "expected":
-            chosen = targets if labels == "true" else self._draw(probs, generator)
-            yield (probs - one_hot(chosen, classes)).movedim(-1, 1).to(outputs.dtype)
+            chosen = targets.where(kept, 0) if labels == "true" else self._draw(probs, generator)
+            score = (probs - one_hot(chosen, classes)) * kept.unsqueeze(-1)
+            yield score.movedim(-1, 1).to(outputs.dtype)
             return
+        probs = probs * kept.unsqueeze(-1)
         flat = probs.flatten(1, -2) if probs.ndim > 2 else probs.unsqueeze(1)  # (N, positions, C)
         for position in range(flat.shape[1]):
             for number in range(classes):  # sum over c of p_c (p - e_c)(p - e_c)' = diag(p) - p p'
                 score = torch.zeros_like(flat)
                 score[:, position] = flat[:, position]
-                score[:, position, number] -= 1
+                score[:, position, number] -= 1  # where p is zero, that of an ignored target, so is its weight
                 score[:, position] *= flat[:, position, number, None].sqrt()
                 yield score.view(probs.shape).movedim(-1, 1).to(outputs.dtype)
 
@@ -228,13 +260,15 @@ class GaussianScores:
         Raises:
             ShapeError: If the shapes do not agree; nothing is broadcast.
         """
-        outputs = _float_tensor(outputs)
-        shape = outputs.shape
-        if isinstance(targets, Tensor) and shape[-1:] == (1,) and targets.shape == shape[:-1]:
-            targets = targets.unsqueeze(-1)
-        if not isinstance(targets, Tensor) or targets.shape != shape or not shape or targets.is_complex():
-            raise ShapeError(f"Targets must have the shape of the output, {tuple(shape)}; got {_describe(targets)}.")
-        return outputs, targets.double()
+        return _of_one_shape(outputs, targets)
+
+    def examples(self, targets: Tensor) -> int:
+        """Return the number of examples: every target counts."""
+        return len(targets)
+
+    def any_ignored(self, targets: Tensor) -> bool:
+        """Return whether a target does not count: none."""
+        return False
 
     def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the sum of log N(y; f, sigma^2).
@@ -301,11 +335,127 @@ class GaussianScores:
         return (rows.mT @ rows / self.noise_variance).expand(len(outputs), -1, -1)
 
 
+@dataclass(frozen=True)
+class BernoulliScores:
+    r"""Yes or no, for one label or several independent ones, from their logits.
+
+    :math:`\nabla_f (-\log p(y \mid f)) = p - y` and :math:`E[s s^\top] = \mathrm{diag}(p (1 - p))`,
+    :math:`p = 1 / (1 + e^{-f})`.
+
+    Example:
+        >>> rule = BernoulliScores()
+        >>> [s.tolist() for s in rule.scores(torch.zeros(1, 1), torch.ones(1, 1), "true", None)]
+        [[[-0.5]]]
+    """
+
+    feature_axis: ClassVar[int] = -1
+
+    def check(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+        """Check logits ``(N, *S)`` and targets of the same shape, of which a last axis of length 1 may be missing.
+
+        Args:
+            outputs: What the network returns.
+            targets: What the loader gives beside the inputs: 0 or 1, or probabilities.
+
+        Returns:
+            Both, of one shape; the targets in float64.
+
+        Raises:
+            ShapeError: If the shapes do not agree, or a target is outside [0, 1].
+        """
+        outputs, targets = _of_one_shape(outputs, targets)
+        if targets.numel() and not bool(((targets >= 0) & (targets <= 1)).all()):
+            raise ShapeError(
+                "Targets of a Bernoulli distribution must be in [0, 1]; "
+                f"got values from {targets.min().item():g} to {targets.max().item():g}."
+            )
+        return outputs, targets
+
+    def examples(self, targets: Tensor) -> int:
+        """Return the number of examples: every target counts."""
+        return len(targets)
+
+    def any_ignored(self, targets: Tensor) -> bool:
+        """Return whether a target does not count: none."""
+        return False
+
+    def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the sum of y log p + (1 - y) log(1 - p).
+
+        Args:
+            outputs: Logits.
+            targets: Targets.
+
+        Returns:
+            A float64 scalar [nat].
+        """
+        return -binary_cross_entropy_with_logits(outputs.detach().double(), targets, reduction="sum")
+
+    def scores(
+        self, outputs: Tensor, targets: Tensor, labels: Labels, generator: torch.Generator | None
+    ) -> Iterator[Tensor]:
+        """Yield gradients of -log p(y | f): one, or one for each output with ``labels="expected"``.
+
+        Args:
+            outputs: Logits.
+            targets: Targets; used with ``labels="true"`` only.
+            labels: Which y.
+            generator: Source of the sampled labels.
+
+        Yields:
+            Tensors of the outputs' shape and dtype.
+        """
+        probs = outputs.detach().double().sigmoid()
+        if labels == "true":
+            yield (probs - targets).to(outputs.dtype)
+        elif labels == "sampled":
+            drawn = _random(outputs.shape, outputs, generator, normal=False) < probs
+            yield (probs - drawn.double()).to(outputs.dtype)
+        else:
+            flat = outputs.unsqueeze(-1) if outputs.ndim == 1 else outputs.flatten(1)
+            deviations = self.variance(flat).sqrt().to(outputs.dtype)
+            for number in range(deviations.shape[1]):
+                score = torch.zeros_like(deviations)
+                score[:, number] = deviations[:, number]
+                yield score.view(outputs.shape)
+
+    def output_fisher(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of diag(p (1 - p)) over a batch, and the diagonal of each.
+
+        Args:
+            outputs: Logits ``(N, C)``.
+
+        Returns:
+            ``(C, C)`` and ``(N, C)``, both float64.
+        """
+        diagonal = self.variance(outputs)
+        return diagonal.sum(0).diag(), diagonal
+
+    def pulled_fisher(self, outputs: Tensor, weight: Tensor) -> Tensor:
+        """Return W' diag(p (1 - p)) W of each example.
+
+        Args:
+            outputs: Logits ``(N, C)``.
+            weight: W, shape ``(C, m)``.
+
+        Returns:
+            Shape ``(N, m, m)``, float64.
+        """
+        rows = weight.detach().double()
+        return (rows * self.variance(outputs).unsqueeze(-1)).mT @ rows
+
+    @staticmethod
+    def variance(outputs: Tensor) -> Tensor:
+        """Return p (1 - p) of logits of any shape, float64."""
+        logits = outputs.detach().double()
+        return logits.sigmoid() * (-logits).sigmoid()
+
+
 def resolve_scores(likelihood: str, noise_variance: float) -> OutputLikelihood:
     """Turn what a user writes into a likelihood.
 
     Args:
-        likelihood: ``"categorical"`` or ``"gaussian"``.
+        likelihood: ``"categorical"``, ``"bernoulli"`` or ``"gaussian"``.
         noise_variance: For ``"gaussian"``; 1 otherwise.
 
     Returns:
@@ -320,8 +470,8 @@ def resolve_scores(likelihood: str, noise_variance: float) -> OutputLikelihood:
     """
     if likelihood == "gaussian":
         return GaussianScores(noise_variance)
-    if likelihood != "categorical":
-        raise ValueError(f"likelihood must be 'categorical' or 'gaussian'; got {likelihood!r}.")
+    if likelihood not in ("categorical", "bernoulli"):
+        raise ValueError(f"likelihood must be 'categorical', 'bernoulli' or 'gaussian'; got {likelihood!r}.")
     if noise_variance != 1.0:
         raise ValueError(f"noise_variance goes with likelihood='gaussian'; got {noise_variance} for {likelihood!r}.")
-    return CategoricalScores()
+    return CategoricalScores() if likelihood == "categorical" else BernoulliScores()

@@ -307,7 +307,7 @@ class DiagonalLaplace(Laplace[GaussianPosterior]):
         model: The network; its weights now are the mean. It is evaluated by :meth:`fit`, never changed.
         labels: Which y: ``"expected"`` (the generalised Gauss-Newton matrix), ``"sampled"`` (one draw from the model an
             example) or ``"true"`` (the empirical Fisher). There is no default, since they differ.
-        likelihood: ``"categorical"`` or ``"gaussian"``.
+        likelihood: ``"categorical"``, ``"bernoulli"`` or ``"gaussian"``.
         noise_variance: Of the Gaussian likelihood.
         include: Parameters to treat, by name pattern or predicate; all that require a gradient if None.
         exclude: Parameters to leave out of these.

@@ -8,6 +8,7 @@ from torch import Tensor
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.linalg.devices import to_float64
 from lowrank_bdl.linalg.precision import exact_methods
+from lowrank_bdl.parameters.likelihoods import IGNORED
 from lowrank_bdl.prediction.metrics import checked_probabilities, checked_targets
 from lowrank_bdl.prediction.predictive import Predictive
 
@@ -143,7 +144,8 @@ class TemperatureScaling:
         Args:
             probabilities: Of held-out examples, shape ``(..., C)``; or a
                 :class:`~lowrank_bdl.prediction.predictive.Predictive` of classes.
-            targets: Class indices of shape ``(...)``; left out with a Predictive, which has its own.
+            targets: Class indices of shape ``(...)``; left out with a Predictive, which has its own. Those of -100 count
+                nowhere.
             bounds: Smallest and largest temperature.
 
         Returns:
@@ -159,6 +161,8 @@ class TemperatureScaling:
         if not 0 < bounds[0] < bounds[1] < math.inf:
             raise ValueError(f"bounds must be 0 < low < high < infinity; got {bounds}.")
         probabilities, targets = _pair(probabilities, targets)
+        if (ignored := targets == IGNORED).any():
+            probabilities, targets = probabilities[~ignored.to(probabilities.device)], targets[~ignored]
         _, classes = checked_targets(probabilities, targets)
         logs = _log(probabilities).flatten(0, -2)
         logs = logs - logs.gather(1, classes.unsqueeze(1))  # the loss is the mean of logsumexp(a * logs)

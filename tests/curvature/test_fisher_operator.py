@@ -118,7 +118,7 @@ def test_batch_norm_by_the_batch():
 def test_refuses_unknown_options():
     net, x, y = build("mlp")
     for arguments, options, message in (
-        (("poisson",), {}, "likelihood must be 'categorical' or 'gaussian'; got 'poisson'"),
+        (("poisson",), {}, "likelihood must be 'categorical', 'bernoulli' or 'gaussian'; got 'poisson'"),
         (("categorical",), {"kind": "exact"}, "kind must be one of expected, sampled, empirical; got 'exact'"),
         (("categorical",), {"num_samples": 2}, "1 unless kind='sampled'; got 2"),
         (("categorical",), {"num_samples": 0, "kind": "sampled"}, "num_samples must be at least 1.*got 0"),

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from scipy.stats import chi2
+from scipy.stats import binom, chi2
 from torch.distributions import Categorical, Normal
+from torch.nn.functional import binary_cross_entropy_with_logits
 
-from lowrank_bdl.curvature.scores import CategoricalScores, GaussianScores, resolve_scores
+from lowrank_bdl.curvature.scores import BernoulliScores, CategoricalScores, GaussianScores, resolve_scores
 from lowrank_bdl.errors import ShapeError
 from tests.oracles import assert_close
 
@@ -19,12 +20,16 @@ def randn(*shape, seed=0):
 def log_prob(rule, outputs, targets):
     if isinstance(rule, CategoricalScores):
         return Categorical(logits=outputs.movedim(1, -1)).log_prob(targets).sum()
+    if isinstance(rule, BernoulliScores):
+        return -binary_cross_entropy_with_logits(outputs, targets, reduction="sum")
     return Normal(outputs, math.sqrt(rule.noise_variance)).log_prob(targets).sum()
 
 
 CASES = {
     "classes": (CategoricalScores(), randn(4, 3), torch.tensor([0, 2, 1, 1])),
     "dense classes": (CategoricalScores(), randn(2, 3, 2, 2), torch.tensor([0, 2, 1, 1, 2, 2, 0, 1]).view(2, 2, 2)),
+    "labels": (BernoulliScores(), randn(4, 2), torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.3, 0.0], [0.0, 0.0]]).double()),
+    "flat labels": (BernoulliScores(), randn(5), torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0]).double()),
     "means": (GaussianScores(0.3), randn(4, 2), randn(4, 2, seed=1)),
     "dense means": (GaussianScores(0.3), randn(2, 3, 2), randn(2, 3, 2, seed=1)),
     "flat means": (GaussianScores(2.0), randn(5), randn(5, seed=1)),
@@ -69,6 +74,17 @@ def test_sampled_classes_follow_the_predicted_probabilities():
     assert ((counts[:3] - number / 3).square() / (number / 3)).sum() > chi2.isf(1e-6, 2)
 
 
+def test_sampled_labels_follow_the_predicted_probabilities():
+    """20,000 draws, binomial bounds; a correct sampler fails with probability 1e-6, even odds always."""
+    number = 20_000
+    logits = torch.tensor([[1.0]]).expand(number, 1)
+    (score,) = BernoulliScores().scores(logits, torch.zeros(number, 1), "sampled", torch.Generator().manual_seed(0))
+    ones = (logits.sigmoid() - score).round().sum().item()
+    low, high = binom.ppf(5e-7, number, logits[0].sigmoid().item()), binom.isf(5e-7, number, logits[0].sigmoid().item())
+    assert low <= ones <= high
+    assert not low <= number / 2 <= high
+
+
 def test_sampled_noise_has_the_noise_variance():
     """A chi-square sum of 20,000 squares; a correct sampler fails with probability 1e-6, twice the variance always."""
     number, variance = 20_000, 0.25
@@ -81,7 +97,7 @@ def test_sampled_noise_has_the_noise_variance():
 
 
 def test_scores_keep_the_dtype_of_the_outputs():
-    for rule in (CategoricalScores(), GaussianScores()):
+    for rule in (CategoricalScores(), GaussianScores(), BernoulliScores()):
         outputs = torch.zeros(2, 3, dtype=torch.bfloat16)
         targets = torch.zeros(2).long() if isinstance(rule, CategoricalScores) else torch.zeros(2, 3)
         for labels in ("true", "sampled", "expected"):
@@ -119,7 +135,7 @@ def test_targets_are_never_broadcast():
 
 def test_names():
     assert resolve_scores("categorical", 1.0) == CategoricalScores()
-    with pytest.raises(ValueError, match="likelihood must be 'categorical' or 'gaussian'; got 'poisson'"):
+    with pytest.raises(ValueError, match="likelihood must be 'categorical', 'bernoulli' or 'gaussian'; got 'poisson'"):
         resolve_scores("poisson", 1.0)
     with pytest.raises(ValueError, match="goes with likelihood='gaussian'; got 0.5 for 'categorical'"):
         resolve_scores("categorical", 0.5)

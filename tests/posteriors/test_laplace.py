@@ -200,7 +200,7 @@ def test_arguments(laplace):
         laplace(net)
     with pytest.raises(ValueError, match="labels must be one of 'true', 'sampled', 'expected'; got 'empirical'"):
         laplace(net, labels="empirical")
-    with pytest.raises(ValueError, match="likelihood must be 'categorical' or 'gaussian'; got 'poisson'"):
+    with pytest.raises(ValueError, match="likelihood must be 'categorical', 'bernoulli' or 'gaussian'; got 'poisson'"):
         laplace(net, labels="true", likelihood="poisson")
     with pytest.raises(ValueError, match="noise_variance must be a positive number; got 0"):
         laplace(net, labels="true", likelihood="gaussian", noise_variance=0.0)

@@ -173,3 +173,14 @@ def test_bad_input_is_refused_and_the_temperature_stays():
     with pytest.raises(NonFiniteError, match="probs must be finite"):
         scaling.log_likelihood(probabilities * torch.nan, targets)
     assert scaling.temperature == 1.5 and repr(scaling) == "TemperatureScaling(temperature=1.5)"
+
+
+@pytest.mark.parametrize("positions", [(), (4,)])
+def test_ignored_targets_do_not_count(positions):
+    torch.manual_seed(0)
+    probabilities = torch.randn(60, *positions, 3).double().softmax(-1)
+    targets = torch.randint(3, (60, *positions))
+    targets.view(-1)[::3] = -100
+    kept = targets != -100
+    found = TemperatureScaling().fit(probabilities, targets)
+    assert found.temperature == TemperatureScaling().fit(probabilities[kept], targets[kept]).temperature != 1.0
