@@ -46,6 +46,7 @@ class LowRankPlusDiagLinearOperator(LowRankPlusDiagStructure):
     Raises:
         ShapeError: If the shapes do not fit together.
         TypeError: If the diagonal is neither float32 nor float64.
+        ValueError: If ``root_scale`` requires a gradient.
 
     Example:
         >>> import torch

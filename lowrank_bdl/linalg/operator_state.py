@@ -48,6 +48,11 @@ class LowRankPlusDiagState(StructuredLinearOperator, LowRankRootAddedDiagLinearO
         blocks = num_blocks(diag.shape[-1])
         if root_scale is not None and root_scale.shape[-2:] != (root.shape[-1], blocks):
             raise ShapeError(f"root_scale must be (*B, {root.shape[-1]}, {blocks}); got {tuple(root_scale.shape)}.")
+        if root_scale is not None and root_scale.requires_grad:
+            raise ValueError(
+                "root_scale must not require a gradient: the scales of a stored root are constants. Multiply a "
+                "floating-point root by them where they are to be differentiated by."
+            )
         try:
             batch = torch.broadcast_shapes(root.shape[:-2], diag.shape[:-1], mix.shape[:-2])
         except RuntimeError:

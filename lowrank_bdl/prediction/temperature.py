@@ -144,8 +144,8 @@ class TemperatureScaling:
         Args:
             probabilities: Of held-out examples, shape ``(..., C)``; or a
                 :class:`~lowrank_bdl.prediction.predictive.Predictive` of classes.
-            targets: Class indices of shape ``(...)``; left out with a Predictive, which has its own. Those of -100 count
-                nowhere.
+            targets: Class indices of shape ``(...)``; left out with a Predictive, which has its own. Those of -100
+                count nowhere.
             bounds: Smallest and largest temperature.
 
         Returns:

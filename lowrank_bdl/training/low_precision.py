@@ -139,7 +139,9 @@ class _RoundBothWays(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None, None]:
         bits, rounding, generator = ctx.settings
-        return block_floating_point(outer, bits, rounding=rounding, generator=generator), None, None, None
+        # once more by itself: a second derivative goes through this rounding as well, and does not end at it
+        rounded: Tensor = _RoundBothWays.apply(outer, bits, rounding, generator)
+        return rounded, None, None, None
 
 
 @contextmanager

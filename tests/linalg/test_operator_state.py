@@ -310,3 +310,11 @@ def test_gradients_of_the_core_still_reach_it_through_expand() -> None:
     LowRankPlusDiagLinearOperator(root, diag).expand(5, 3, 3).logdet().sum().backward()
     assert root.grad is not None
     torch.testing.assert_close(root.grad, torch.full_like(root, 5 * 2 / 4))  # d log(1 + r'r) = 2 r / (1 + r'r)
+
+
+def test_scales_that_want_a_gradient_are_refused():
+    """They would get none: the kernels read them as constants."""
+    root, scale = torch.ones(4, 2).to(torch.int8), torch.ones(2, 1, requires_grad=True)
+    with pytest.raises(ValueError, match="root_scale must not require a gradient"):
+        LowRankPlusDiagLinearOperator(root, torch.ones(4), root_scale=scale)
+    LowRankPlusDiagLinearOperator(root, torch.ones(4), root_scale=scale.detach())

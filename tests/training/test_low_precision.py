@@ -1,6 +1,7 @@
 """SGD in block floating point: its definition, formats, drift below the resolution, checkpoints, refusals."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -209,3 +210,18 @@ def test_a_quantized_network_needs_weight_matrices() -> None:
         QuantizedModel(nn.BatchNorm1d(3), 2)
     with pytest.raises(ValueError, match="bits must be an integer from 2 to 24; got 1"):
         QuantizedModel(nn.Linear(1, 1), 1)
+
+
+@pytest.mark.parametrize("hidden", [3, 40])
+def test_second_derivatives_pass_through_the_rounding(hidden):
+    """With 24 bits rounding is that of float32: what is missing would be a whole term, not a millionth."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, hidden), nn.Tanh(), nn.Linear(hidden, 1)).double()
+    x, weights, found = torch.randn(5, 2).double(), list(net.parameters()), []
+    for rounded in (True, False):
+        with low_precision_activations(net, 24, rounding="nearest") if rounded else nullcontext():
+            loss = net(x).square().sum()
+        slopes = torch.autograd.grad(loss, weights, create_graph=True)
+        found.append(torch.autograd.grad(sum((slope * slope).sum() for slope in slopes), weights))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
