@@ -141,6 +141,19 @@ class Bench:
             raise SettingsError("every candidate diverged on some fold; lower --lr_init or --clip")
         return scores.index(max(scores))
 
+    def at_edge(self, kind: str) -> list[str]:
+        """Return what the chosen candidate has the least or largest value of that was tried, of two or more.
+
+        A better value may lie beyond. Rates of collection count among those of the chosen learning rate.
+        """
+        best, found = self.candidates[self.chosen(kind)], []
+        for name in ("lr", "wd", "swag_lr"):
+            like = [other for other in self.candidates if name != "swag_lr" or other.lr == best.lr]
+            tried = sorted({getattr(other, name) for other in like})
+            if len(tried) > 1 and getattr(best, name) in (tried[0], tried[-1]):
+                found.append(name)
+        return found
+
     # ---- predictions --------------------------------------------------------------------------------------------
 
     def forecast(self, weights: Any, x: Tensor, y: Tensor, num_samples: int) -> Forecast:

@@ -107,6 +107,7 @@ def _cell(
     if method in USES_NETWORKS:
         cell["parameters"] = bench.layout.numel
         cell["search"] = bench.search
+        cell["at_edge"] = bench.at_edge("SGD" if method == "SGD" else "SWA")
     return cell
 
 

@@ -39,7 +39,7 @@ class Preset:
 
 TINY_PRESET = Preset(batch_size=30, epochs=300, lr=(1e-2,), wd=(1e-3, 1e-2, 2e-2, 4e-2))
 SMALL_PRESET = dataclasses.replace(TINY_PRESET, batch_size=100)
-LARGE_PRESET = Preset(batch_size=400, epochs=100, lr=(1e-3,), wd=(1e-4, 1e-3))
+LARGE_PRESET = Preset(batch_size=400, epochs=100, lr=(3e-4, 1e-3, 3e-3), wd=(1e-4, 1e-3))
 HUGE_PRESET = dataclasses.replace(LARGE_PRESET, batch_size=200, epochs=200)
 
 

@@ -25,6 +25,7 @@ from experiments.uci_methods import LEAST_GAIN, METHODS
 from experiments.uci_published import COVERAGE, LOG_LIKELIHOOD, RMSE, Level
 from experiments.uci_settings import METHODS as ALL_METHODS
 from experiments.uci_settings import Settings, hidden_of, preset_of, splits_of
+from experiments.uci_training import Candidate
 
 ROOT = Path(__file__).parents[2]
 NAMES = [name for name in ALL_METHODS if name != "PCA+NUTS"]  # which has a test of its own, as it needs pyro
@@ -140,6 +141,7 @@ def test_the_search_is_recorded(finished: Path) -> None:
                 assert {name: cell["levels"][name] for name in ("lr", "wd", "swag_lr")} == {
                     name: best[name] for name in ("lr", "wd", "swag_lr")
                 }
+                assert cell["at_edge"] == ["wd"]  # of two values each is at an edge; one learning rate has none
                 for name, tried in cell["tried"].items():
                     assert len(tried) >= 3
                     assert dict(map(tuple, tried))[cell["levels"][name]] > max(score for _, score in tried) - LEAST_GAIN
@@ -371,3 +373,11 @@ def test_a_bench_refuses_networks_that_all_diverged(data: Path) -> None:
     settings = Settings(data_path=str(data), epochs=3, lr_init="1e30", wd="0", swag_start=0)
     with pytest.raises(SettingsError, match="every candidate diverged on some fold"):
         Bench(settings, split_of(load_table("own", data), 0), 0, 60).chosen("SWA")
+
+
+@pytest.mark.parametrize(("best", "expected"), [(0, ["lr", "wd"]), (4, []), (5, ["wd"]), (7, ["lr"])])
+def test_winners_at_the_edge_of_what_was_tried_are_reported(best: int, expected: list[str]) -> None:
+    bench = Bench.__new__(Bench)
+    bench.candidates = [Candidate(lr, wd, lr) for lr in (1e-3, 1e-2, 1e-1) for wd in (1e-4, 1e-3, 1e-2)]
+    bench.__dict__["search"] = [{"SGD": float(number == best)} for number in range(9)]
+    assert bench.at_edge("SGD") == expected
