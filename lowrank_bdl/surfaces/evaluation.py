@@ -356,7 +356,8 @@ def _means(
             num_targets += counted.sum().to(num_targets.device)
         for row, outputs in enumerate(sampled.outputs(count, joined(inputs, targets))):
             totals[row] += to_float64(terms.total(outputs, targets))
-            num_terms[row] += terms.number(outputs, targets)
+            found = terms.number(outputs, targets)
+            num_terms[row] += to_float64(found) if isinstance(found, Tensor) else found
             if counted is not None:
                 correct[row] += _num_correct(outputs, targets, counted).to(correct.device)
     if num_data == 0:
