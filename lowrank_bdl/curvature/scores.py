@@ -224,8 +224,31 @@ class CategoricalScores:
         return (cumulative[..., :-1] <= uniform * cumulative[..., -1:]).sum(-1)
 
 
+class _IndependentScores:
+    """Labels that are independent of one another, one for each output; every target counts."""
+
+    feature_axis: ClassVar[int] = -1
+
+    def examples(self, targets: Tensor) -> int:
+        """Return the number of examples: every target counts."""
+        return len(targets)
+
+    def any_ignored(self, targets: Tensor) -> bool:
+        """Return whether a target does not count: none."""
+        return False
+
+    @staticmethod
+    def _one_by_one(deviations: Tensor) -> Iterator[Tensor]:
+        """Yield the standard deviations ``(N, *S)`` of the scores, one output of each example at a time."""
+        size = deviations.shape[1:].numel()
+        for number in range(size):
+            score = deviations.new_zeros((len(deviations), size))
+            score[:, number] = deviations.reshape(len(deviations), size)[:, number]
+            yield score.view(deviations.shape)
+
+
 @dataclass(frozen=True)
-class GaussianScores:
+class GaussianScores(_IndependentScores):
     r"""Regression with known noise.
 
     :math:`\nabla_f (-\log p(y \mid f)) = (f - y) / \sigma^2` and :math:`E[s s^\top] = I / \sigma^2`.
@@ -239,7 +262,6 @@ class GaussianScores:
         [[[-4.0]]]
     """
 
-    feature_axis: ClassVar[int] = -1
     noise_variance: float = 1.0
 
     def __post_init__(self) -> None:
@@ -261,14 +283,6 @@ class GaussianScores:
             ShapeError: If the shapes do not agree; nothing is broadcast.
         """
         return _of_one_shape(outputs, targets)
-
-    def examples(self, targets: Tensor) -> int:
-        """Return the number of examples: every target counts."""
-        return len(targets)
-
-    def any_ignored(self, targets: Tensor) -> bool:
-        """Return whether a target does not count: none."""
-        return False
 
     def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the sum of log N(y; f, sigma^2).
@@ -303,11 +317,7 @@ class GaussianScores:
         elif labels == "sampled":
             yield (_random(outputs.shape, outputs, generator, normal=True) / deviation).to(outputs.dtype)
         else:
-            size = math.prod(outputs.shape[1:])
-            for number in range(size):
-                score = outputs.new_zeros((len(outputs), size))
-                score[:, number] = 1 / deviation
-                yield score.view(outputs.shape)
+            yield from self._one_by_one(torch.full_like(outputs, 1 / deviation, requires_grad=False))
 
     def output_fisher(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return N I / sigma^2, and the diagonal of I / sigma^2 for each example.
@@ -336,7 +346,7 @@ class GaussianScores:
 
 
 @dataclass(frozen=True)
-class BernoulliScores:
+class BernoulliScores(_IndependentScores):
     r"""Yes or no, for one label or several independent ones, from their logits.
 
     :math:`\nabla_f (-\log p(y \mid f)) = p - y` and :math:`E[s s^\top] = \mathrm{diag}(p (1 - p))`,
@@ -347,8 +357,6 @@ class BernoulliScores:
         >>> [s.tolist() for s in rule.scores(torch.zeros(1, 1), torch.ones(1, 1), "true", None)]
         [[[-0.5]]]
     """
-
-    feature_axis: ClassVar[int] = -1
 
     def check(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """Check logits ``(N, *S)`` and targets of the same shape, of which a last axis of length 1 may be missing.
@@ -370,14 +378,6 @@ class BernoulliScores:
                 f"got values from {targets.min().item():g} to {targets.max().item():g}."
             )
         return outputs, targets
-
-    def examples(self, targets: Tensor) -> int:
-        """Return the number of examples: every target counts."""
-        return len(targets)
-
-    def any_ignored(self, targets: Tensor) -> bool:
-        """Return whether a target does not count: none."""
-        return False
 
     def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the sum of y log p + (1 - y) log(1 - p).
@@ -412,12 +412,7 @@ class BernoulliScores:
             drawn = _random(outputs.shape, outputs, generator, normal=False) < probs
             yield (probs - drawn.double()).to(outputs.dtype)
         else:
-            flat = outputs.unsqueeze(-1) if outputs.ndim == 1 else outputs.flatten(1)
-            deviations = self.variance(flat).sqrt().to(outputs.dtype)
-            for number in range(deviations.shape[1]):
-                score = torch.zeros_like(deviations)
-                score[:, number] = deviations[:, number]
-                yield score.view(outputs.shape)
+            yield from self._one_by_one(self.variance(outputs).sqrt().to(outputs.dtype))
 
     def output_fisher(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sum of diag(p (1 - p)) over a batch, and the diagonal of each.
