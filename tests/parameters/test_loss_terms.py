@@ -180,3 +180,22 @@ def test_a_sum_of_torch_is_taken_as_a_sum() -> None:
 def test_num_terms_must_be_a_function() -> None:
     with pytest.raises(TypeError, match="num_terms must be a function"):
         LossTerms(F.mse_loss, num_terms=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ignored", [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3, 5]])
+def test_a_half_without_terms_shows_an_unknown_mean(ignored):
+    """Its mean is NaN, no more than a wrong one to be passed over; with the right number of terms it is no error."""
+    torch.manual_seed(0)
+    net = nn.Linear(3, 4).double()
+    x, y = torch.randn(12, 3, dtype=torch.float64), torch.arange(12) % 4
+    y[ignored] = -100
+    cut = [(x[:8], y[:8]), (x[8:], y[8:])]
+
+    def loss_fn(outputs, targets):
+        return F.cross_entropy(outputs, targets)
+
+    with pytest.raises(ShapeError, match="pass num_terms="):
+        lb.HessianLinearOperator(net, loss_fn, cut)
+    found = lb.HessianLinearOperator(net, loss_fn, cut, num_terms=lambda outputs, targets: (targets >= 0).sum())
+    expected = lb.HessianLinearOperator(net, nn.CrossEntropyLoss(), (x, y))
+    torch.testing.assert_close(found.to_dense(), expected.to_dense(), rtol=1e-10, atol=1e-12)
