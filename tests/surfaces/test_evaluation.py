@@ -186,7 +186,8 @@ def test_goes_on_from_known_values(generator, data):
     again = evaluate_points(model, thetas, data, counting, known=kept[-1], **options)
     assert len(evaluated) == 5
     for own, expected in ((again.loss, whole.loss), (again.accuracy, whole.accuracy)):
-        assert torch.equal(own, expected)
+            assert torch.equal(own[:4], expected[:4])  # as they were known
+            torch.testing.assert_close(own, expected, rtol=1e-6, atol=0)  # a homemade mean rounds otherwise than a sum
     assert torch.equal(again.squared_norm, whole.squared_norm)
     evaluated.clear()
     evaluate_points(model, thetas, data, counting, known=again.reshape(3, 3), **options)
