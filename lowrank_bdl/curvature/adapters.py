@@ -9,10 +9,8 @@ from torch import Tensor
 
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.linalg.expanded import UnbatchedLinearOperator
-from lowrank_bdl.linalg.precision import exact
 
 
-@exact
 def to_scipy(operator: LinearOperator) -> Any:
     """Return a ``scipy.sparse.linalg.LinearOperator``, for SciPy's ``eigsh`` and others.
 

@@ -88,6 +88,7 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
         self._bn_mode: BatchNormMode = bn_mode
         self._chunk_size = chunk_size
         self._seed: int | None = None
+        self._num_terms: Tensor | float = 0  # of the batch that was linearised last, in the mean
         self._backward = Backward()
         self._fused = not lacks_second_derivatives(model)
         self._at_once: int | None = None
@@ -100,14 +101,6 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
         self, weights: dict[str, Tensor], inputs: Any, targets: Tensor, generator: torch.Generator | None
     ) -> Product:
         """Return the map from c vectors ``(c, *shape)`` of every parameter to their products with a batch's matrix."""
-
-    def _batch_factor(self, size: int) -> float:
-        """What a batch's matrix counts in the sum over all examples, of which the mean is taken."""
-        return float(size)
-
-    def _num_terms(self, size: int) -> "Tensor | float":
-        """How many terms the batch that was read last has in the mean: its number of examples, unless a loss says."""
-        return size
 
     def _outputs(self, weights: Mapping[str, Tensor], inputs: Any, targets: Tensor) -> Any:
         own = set(self.layout.names)
@@ -185,8 +178,8 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
                 product = self._linearize(weights, inputs, targets, generator)
                 for start in range(0, len(rows), step):
                     part = slice(start, start + step)
-                    self._add(result[part], product(self._split(rows[part])), self._batch_factor(size))
-                total, terms = total + size, terms + self._num_terms(size)
+                    self._add(result[part], product(self._split(rows[part])))
+                total, terms = total + size, terms + self._num_terms
             self._count(total)
             return result.div_(terms.to(result) if isinstance(terms, Tensor) else terms)
 
@@ -203,11 +196,11 @@ class CurvatureLinearOperator(UnbatchedLinearOperator):
         own = self.layout.parameters_of(self._network.stateless.model)
         return [part.to(like) for part, like in zip(self.layout.unflatten(rows).values(), own, strict=True)]
 
-    def _add(self, result: Tensor, parts: Vectors, factor: float) -> None:
+    def _add(self, result: Tensor, parts: Vectors) -> None:
         for part, where in zip(parts, self.layout.slices.values(), strict=True):
             if part is not None:
                 own = result[:, where]
-                own.add_(part.detach().to(result).reshape(own.shape), alpha=factor)
+                own.add_(part.detach().to(result).reshape(own.shape))
 
     def _count(self, total: int) -> None:
         if total == 0:

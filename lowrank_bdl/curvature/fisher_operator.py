@@ -103,7 +103,6 @@ class FisherLinearOperator(GaussNewtonLinearOperator):
             target_fn=target_fn,
         )
         self.kind: FisherKind = kind
-        self._counted: Tensor | int = 0
         self._num_samples = num_samples
         if kind == "sampled":
             place = "cpu" if generator is None else generator.device
@@ -111,15 +110,9 @@ class FisherLinearOperator(GaussNewtonLinearOperator):
         if check:
             self._run_check()
 
-    def _batch_factor(self, size: int) -> float:
-        return 1.0
-
-    def _num_terms(self, size: int) -> "Tensor | float":
-        return self._counted
-
     def _output_product(self, outputs: Tensor, targets: Tensor, generator: torch.Generator | None) -> OutputProduct:
         outputs, targets = self._scores.check(outputs, targets)
-        self._counted = self._scores.examples(targets)
+        self._num_terms = self._scores.examples(targets)
         if self.kind == "expected":
             if isinstance(self._scores, GaussianScores):
                 precision = 1 / self._scores.noise_variance

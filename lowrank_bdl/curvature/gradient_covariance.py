@@ -7,14 +7,13 @@ section 4.4, for the learning rate; McCandlish, Kaplan, Amodei et al., "An Empir
 
 import math
 from collections import deque
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lowrank_bdl.curvature.loss_gradients import BatchNormMode, LossGradients
+from lowrank_bdl.curvature.model_state import differences, model_state
 from lowrank_bdl.errors import NonFiniteError, ShapeError, StaleError
 from lowrank_bdl.linalg.devices import sum_in_float64, sums_device, to_float64
 from lowrank_bdl.linalg.low_rank_plus_diag import LowRankPlusDiagLinearOperator
@@ -252,15 +251,7 @@ class GradientCovariance:
         )
 
     def _model_state(self) -> dict[str, Tensor]:
-        """Return every tensor of the model that a gradient depends on, by name."""
-        model, ignored = self._gradients.model, set[str]()
-        if self._gradients.bn_mode == "train":
-            for prefix, module in model.named_modules():
-                if isinstance(module, _BatchNorm):
-                    ignored.update(f"{prefix}.{name}" if prefix else name for name, _ in module.named_buffers())
-        found: dict[str, Tensor] = {name: tensor.detach() for name, tensor in model.named_parameters()}
-        found.update((name, buffer) for name, buffer in model.named_buffers() if name not in ignored)
-        return found
+        return model_state(self._gradients.model, self._gradients.bn_mode)
 
     # ---- what was collected -------------------------------------------------------------------------------------
 
@@ -484,26 +475,6 @@ def _inner(left: LowRankPlusDiagLinearOperator, right: LowRankPlusDiagLinearOper
         vector = left.lift(column[:, None])
         total += float((to_float64(vector) * to_float64(right.matmul(vector.to(right.dtype)))).sum())
     return total
-
-
-def differences(reference: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor:
-    """Return which tensors differ in value, shape, dtype or device, in the order of ``reference``; no host sync.
-
-    Args:
-        reference: Name to tensor, at least one. Entries that are NaN here are not compared.
-        present: Name to tensor.
-
-    Returns:
-        Bool, shape ``(len(reference),)``, on the device of the first tensor.
-    """
-    place, flags = next(iter(reference.values())).device, []
-    for name, tensor in reference.items():
-        other = present.get(name)
-        if other is None or (other.shape, other.dtype, other.device) != (tensor.shape, tensor.dtype, tensor.device):
-            flags.append(torch.ones((), dtype=torch.bool, device=place))
-        else:
-            flags.append(((tensor != other) & (tensor == tensor)).any().to(place))
-    return torch.stack(flags)
 
 
 def _ratio(numerator: float, denominator: float) -> float:

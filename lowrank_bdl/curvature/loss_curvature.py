@@ -44,22 +44,15 @@ class LossCurvatureLinearOperator(CurvatureLinearOperator):
             target_fn=target_fn,
         )
         self._terms = LossTerms(loss_fn, reduction, num_terms)
-        self._last_number: Tensor | float = 0
         self._unchecked = check
         if check:
             self._run_check()
 
-    def _batch_factor(self, size: int) -> float:
-        return 1.0  # the loss is the sum of the batch's terms
-
-    def _num_terms(self, size: int) -> "Tensor | float":
-        return self._last_number
-
     def _loss(self, outputs: object, targets: Tensor) -> Tensor:
-        """Return the sum of a batch's terms; their number is kept for :meth:`_num_terms`."""
+        """Return the sum of a batch's terms, and keep their number."""
         if self._unchecked and len(targets) > 1:
             self._unchecked = False
             with torch.no_grad():
                 self._terms.check(outputs, targets)
-        self._last_number = self._terms.number(outputs, targets)
+        self._num_terms = self._terms.number(outputs, targets)
         return self._terms.total(outputs, targets)

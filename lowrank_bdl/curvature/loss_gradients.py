@@ -90,10 +90,7 @@ class LossGradients:
         self._terms = LossTerms(loss_fn, reduction, num_terms)
         self._network = StatelessModel(model, call_fn)
         self._target_fn = target_fn
-        self._each = ExampleGradients(
-            self._outputs,
-            self._terms.total,
-        )
+        self._each = ExampleGradients(self._outputs, self._terms.total)
 
     def split(self, batch: Any) -> tuple[Any, Any, int]:
         """Return a batch ``(x, y)`` on the model's device, and its number of examples, as `split_batch`."""

@@ -12,6 +12,7 @@ definition (Kunstner, Balles and Hennig, "Limitations of the empirical Fisher ap
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, log_softmax, one_hot
 
 from lowrank_bdl.errors import ShapeError
-from lowrank_bdl.parameters.likelihoods import IGNORED
+from lowrank_bdl.parameters.likelihoods import IGNORED, examples_with_any
 
 Labels: TypeAlias = Literal["true", "sampled", "expected"]
 LABELS: tuple[Labels, ...] = ("true", "sampled", "expected")
@@ -137,7 +138,7 @@ class CategoricalScores:
 
     def examples(self, targets: Tensor) -> Tensor:
         """Return how many examples have a target that is not ignored."""
-        return (targets != IGNORED).flatten(1).any(1).sum() if targets.ndim > 1 else (targets != IGNORED).sum()
+        return examples_with_any(targets != IGNORED)
 
     def any_ignored(self, targets: Tensor) -> bool:
         """Return whether a target is ignored."""
@@ -224,7 +225,7 @@ class CategoricalScores:
         return (cumulative[..., :-1] <= uniform * cumulative[..., -1:]).sum(-1)
 
 
-class _IndependentScores:
+class _IndependentScores(ABC):
     """Labels that are independent of one another, one for each output; every target counts."""
 
     feature_axis: ClassVar[int] = -1
@@ -237,14 +238,43 @@ class _IndependentScores:
         """Return whether a target does not count: none."""
         return False
 
-    @staticmethod
-    def _one_by_one(deviations: Tensor) -> Iterator[Tensor]:
-        """Yield the standard deviations ``(N, *S)`` of the scores, one output of each example at a time."""
-        size = deviations.shape[1:].numel()
-        for number in range(size):
-            score = deviations.new_zeros((len(deviations), size))
-            score[:, number] = deviations.reshape(len(deviations), size)[:, number]
-            yield score.view(deviations.shape)
+    def scores(
+        self, outputs: Tensor, targets: Tensor, labels: Labels, generator: torch.Generator | None
+    ) -> Iterator[Tensor]:
+        """Yield gradients of -log p(y | f): one, or one for each output with ``labels="expected"``.
+
+        Args:
+            outputs: Of the network.
+            targets: Targets; used with ``labels="true"`` only.
+            labels: Which y.
+            generator: Source of the sampled labels.
+
+        Yields:
+            Tensors of the outputs' shape and dtype.
+        """
+        if labels == "true":
+            yield self._true(outputs, targets).to(outputs.dtype)
+        elif labels == "sampled":
+            yield self._sampled(outputs, generator).to(outputs.dtype)
+        else:
+            size = outputs.shape[1:].numel()
+            deviations = self._deviations(outputs).to(outputs.dtype).reshape(len(outputs), size)
+            for number in range(size):
+                score = torch.zeros_like(deviations)
+                score[:, number] = deviations[:, number]
+                yield score.view(outputs.shape)
+
+    @abstractmethod
+    def _true(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the gradients for given labels."""
+
+    @abstractmethod
+    def _sampled(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return the gradients for labels drawn from p(y | f)."""
+
+    @abstractmethod
+    def _deviations(self, outputs: Tensor) -> Tensor:
+        """Return the standard deviation of each gradient under p(y | f)."""
 
 
 @dataclass(frozen=True)
@@ -297,27 +327,14 @@ class GaussianScores(_IndependentScores):
         squares = (outputs.detach().double() - targets).square().sum() / self.noise_variance
         return -0.5 * (squares + targets.numel() * math.log(2 * math.pi * self.noise_variance))
 
-    def scores(
-        self, outputs: Tensor, targets: Tensor, labels: Labels, generator: torch.Generator | None
-    ) -> Iterator[Tensor]:
-        """Yield gradients of -log p(y | f): one, or one for each output with ``labels="expected"``.
+    def _true(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.detach().double() - targets) / self.noise_variance
 
-        Args:
-            outputs: Means.
-            targets: Targets; used with ``labels="true"`` only.
-            labels: Which y.
-            generator: Source of the sampled noise.
+    def _sampled(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+        return _random(outputs.shape, outputs, generator, normal=True) / math.sqrt(self.noise_variance)
 
-        Yields:
-            Tensors of the outputs' shape and dtype.
-        """
-        deviation = math.sqrt(self.noise_variance)
-        if labels == "true":
-            yield ((outputs.detach().double() - targets) / self.noise_variance).to(outputs.dtype)
-        elif labels == "sampled":
-            yield (_random(outputs.shape, outputs, generator, normal=True) / deviation).to(outputs.dtype)
-        else:
-            yield from self._one_by_one(torch.full_like(outputs, 1 / deviation, requires_grad=False))
+    def _deviations(self, outputs: Tensor) -> Tensor:
+        return torch.full_like(outputs, 1 / math.sqrt(self.noise_variance), requires_grad=False)
 
     def output_fisher(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return N I / sigma^2, and the diagonal of I / sigma^2 for each example.
@@ -391,28 +408,15 @@ class BernoulliScores(_IndependentScores):
         """
         return -binary_cross_entropy_with_logits(outputs.detach().double(), targets, reduction="sum")
 
-    def scores(
-        self, outputs: Tensor, targets: Tensor, labels: Labels, generator: torch.Generator | None
-    ) -> Iterator[Tensor]:
-        """Yield gradients of -log p(y | f): one, or one for each output with ``labels="expected"``.
+    def _true(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.detach().double().sigmoid() - targets
 
-        Args:
-            outputs: Logits.
-            targets: Targets; used with ``labels="true"`` only.
-            labels: Which y.
-            generator: Source of the sampled labels.
-
-        Yields:
-            Tensors of the outputs' shape and dtype.
-        """
+    def _sampled(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
         probs = outputs.detach().double().sigmoid()
-        if labels == "true":
-            yield (probs - targets).to(outputs.dtype)
-        elif labels == "sampled":
-            drawn = _random(outputs.shape, outputs, generator, normal=False) < probs
-            yield (probs - drawn.double()).to(outputs.dtype)
-        else:
-            yield from self._one_by_one(self.variance(outputs).sqrt().to(outputs.dtype))
+        return probs - (_random(outputs.shape, outputs, generator, normal=False) < probs).double()
+
+    def _deviations(self, outputs: Tensor) -> Tensor:
+        return self.variance(outputs).sqrt()
 
     def output_fisher(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sum of diag(p (1 - p)) over a batch, and the diagonal of each.

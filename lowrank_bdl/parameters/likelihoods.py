@@ -21,6 +21,16 @@ IGNORED = -100
 """The class of targets that count nowhere, torch's own default of ``ignore_index``."""
 
 
+def examples_with_any(kept: Tensor) -> Tensor:
+    """Return how many rows of flags ``(N, *positions)`` hold a True, without waiting for a device.
+
+    Example:
+        >>> examples_with_any(torch.tensor([[True, False], [False, False]]))
+        tensor(1)
+    """
+    return kept.flatten(1).any(1).sum() if kept.ndim > 1 else kept.sum()
+
+
 def _at_least_single(tensor: Tensor) -> Tensor:
     """Half-precision logits would lose the tails of a log-softmax."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

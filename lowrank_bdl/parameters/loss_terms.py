@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lowrank_bdl.errors import ShapeError
 from lowrank_bdl.linalg.precision import callers_precision
+from lowrank_bdl.parameters.likelihoods import examples_with_any
 
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]
 Reduction: TypeAlias = Literal["mean", "sum"]
@@ -120,12 +121,11 @@ class LossTerms:
         """Return the number of terms of a batch: a number, or a tensor without axes; nothing waits for a device."""
         if self._num_terms is not None:
             return self._num_terms(outputs, targets)
-        if self._sum_fn is None or not isinstance(outputs, Tensor):
-            return len(targets)
-        if self._kind in _CLASS_LOSSES:
-            if targets.is_floating_point():  # probabilities: positions count alike, whatever the weights
-                return targets.numel() // outputs.shape[1 if outputs.ndim > 1 else 0]
-            return self._number_of_classes(targets)
+        known = self.number_by_targets(targets)
+        if known is not None or not isinstance(outputs, Tensor):
+            return len(targets) if known is None else known
+        if self._kind in _CLASS_LOSSES:  # of probabilities: positions count alike, whatever the weights
+            return targets.numel() // outputs.shape[1 if outputs.ndim > 1 else 0]
         if self._per_row:
             return len(outputs)
         if self._kind in _ROW_LOSSES:
@@ -149,8 +149,7 @@ class LossTerms:
         """Return how many examples of a batch have a target that is not ignored."""
         if self.ignore_index is None or targets.is_floating_point():
             return len(targets)
-        kept = self._kept(targets)
-        return kept.flatten(1).any(1).sum() if kept.ndim > 1 else kept.sum()
+        return examples_with_any(self._kept(targets))
 
     def _kept(self, targets: Tensor) -> Tensor:
         assert self.ignore_index is not None

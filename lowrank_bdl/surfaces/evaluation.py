@@ -350,14 +350,14 @@ def _means(
         return totals, correct
     for count, batch in enumerate(batches):
         inputs, targets, size = split_batch(batch, device, target_fn)
-        num_data += size
+        num_data, known = num_data + size, terms.number_by_targets(targets)
         counted = _counted(targets, terms.ignore_index) if accuracy else None
         if counted is not None:
             num_targets += counted.sum().to(num_targets.device)
         for row, outputs in enumerate(sampled.outputs(count, joined(inputs, targets))):
             totals[row] += to_float64(terms.total(outputs, targets))
-            found = terms.number(outputs, targets)
-            num_terms[row] += to_float64(found) if isinstance(found, Tensor) else found
+            size_of_mean = terms.number(outputs, targets) if known is None else known
+            num_terms[row] += to_float64(size_of_mean) if isinstance(size_of_mean, Tensor) else size_of_mean
             if counted is not None:
                 correct[row] += _num_correct(outputs, targets, counted).to(correct.device)
     if num_data == 0:
